@@ -1,0 +1,43 @@
+"""Package definition of open-r1-capo; every pin carries its reason.
+
+`make install` builds `.venv` from this file and rebuilds it when this file is newer.
+"""
+
+from setuptools import find_packages, setup
+
+# Moving libraries are pinned exactly where this project reads or overrides their internals,
+# and to a compatible range elsewhere.
+INSTALL_REQUIRES = [
+    "torch==2.13.0",  # the build that vllm 0.31 is compiled against; CPU and CUDA alike
+    "transformers==5.17.0",  # newest release that vllm 0.31 accepts; Trainer's step order is relied upon
+    "trl==1.16.0",  # CAPOTrainer overrides private methods of GRPOTrainer: the exact version matters
+    "accelerate==1.15.0",  # the release that trl 1.16 was tested with
+    "datasets>=5.2,<6",  # trl 1.16 needs the 5.x features API
+    "hydra-core==1.3.8",  # unpinned, pip drifts to a 1.4 release candidate
+    "omegaconf>=2.3.1,<2.4",  # hydra 1.3's companion
+    "math-verify==0.9.0",  # a reward's verdicts change between releases: exact
+    "latex2sympy2_extended[antlr4_9_3]==1.11.0",  # math-verify 0.9's parser; antlr 4.9.3 is hydra's own
+    "wandb>=0.31,<1",  # offline mode without an account
+    "matplotlib>=3.10,<4",  # the curves of report.html and the figures
+    "requests>=2.32,<3",  # trl's vLLM server client imports it without declaring it
+]
+
+EXTRAS = {
+    # vllm 0.31 is the newest that trl 1.16 supports; deepspeed 0.19.8 ran ZeRO-2 and ZeRO-3 with it
+    "gpu": ["vllm==0.31.0", "deepspeed==0.19.8"],
+    # its pins (latex2sympy2_extended 1.0.6) clash with math-verify 0.9: `make eval` gives it its own environment
+    "eval": ["lighteval[litellm]==0.13.0", "xxhash<4"],
+    "dev": ["pytest>=9,<10", "ruff==0.17.5"],  # ruff's formatting changes between releases: exact
+}
+
+setup(
+    name="open-r1-capo",
+    version="0.1.0",
+    description="Curvature-Aware Policy Optimization (arXiv 2510.00819) for reasoning LLMs, on TRL's GRPOTrainer.",
+    license="Apache-2.0",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    python_requires=">=3.10",
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS,
+)

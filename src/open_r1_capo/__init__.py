@@ -1,0 +1,1 @@
+"""Curvature-Aware Policy Optimization (CAPO) for reasoning LLMs."""
