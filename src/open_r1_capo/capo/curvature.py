@@ -1,0 +1,119 @@
+"""How far a step moves the objective and the policy (paper Eq. 10, App. D), from the logit change z alone.
+
+A step α·D of the last layer changes token i's logits by α·z_i with z = D x. Everything below is a function of
+z, the score v, the policy π and the advantage A; nothing here has the width D of the layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from open_r1_capo.capo.last_layer import TokenBatch
+
+
+def directional_score(batch: TokenBatch, z: Tensor) -> Tensor:
+    """(N,), vᵀz: the change of log π(a) along the step, per unit α."""
+    return (batch.score * z).sum(1)
+
+
+def expected_fisher(batch: TokenBatch, z: Tensor) -> Tensor:
+    """(N,), zᵀF(s)z = Var_π(z): the Fisher curvature with the exact mean over actions (App. D.2)."""
+    probs = batch.probs.to(z.dtype)
+    centred = z - (probs * z).sum(1, keepdim=True)
+    return (probs * centred.square()).sum(1)
+
+
+def fisher(batch: TokenBatch, z: Tensor) -> Tensor:
+    """(N,), (vᵀz)²: the Fisher curvature at the sampled action (Eq. 57, 58)."""
+    return directional_score(batch, z).square()
+
+
+def hessian(batch: TokenBatch, z: Tensor) -> Tensor:
+    """(N,), A [(vᵀz)² - Var_π(z)]: the curvature of the objective along the step (Eq. 62, 63)."""
+    return batch.advantages.to(z.dtype) * (fisher(batch, z) - expected_fisher(batch, z))
+
+
+def policy_shift(batch: TokenBatch, z: Tensor, lr: float, granularity: str = "token") -> Tensor:
+    """The policy shift m_F = ½ α² · Fisher (Eq. 10).
+
+    Args:
+        batch: N tokens.
+        z: z_NK, from `propose` with the same granularity.
+        lr: learning rate α.
+        granularity: each token's shift is the mean over its subset.
+
+    Returns:
+        (N,), in nats.
+    """
+    return subset_mean(batch, 0.5 * lr**2 * fisher(batch, z), granularity)
+
+
+def objective_shift(batch: TokenBatch, z: Tensor, lr: float, granularity: str = "token") -> Tensor:
+    """The objective shift m_H = α ⟨g, D⟩ + ½ α² · Hessian (Eq. 10), where ⟨g, D⟩ = A vᵀz.
+
+    Args:
+        batch: N tokens.
+        z: z_NK, from `propose` with the same granularity.
+        lr: learning rate α.
+        granularity: each token's shift is the mean over its subset.
+
+    Returns:
+        (N,), in units of the advantage.
+    """
+    slope = batch.advantages.to(z.dtype) * directional_score(batch, z)
+    return subset_mean(batch, lr * slope + 0.5 * lr**2 * hessian(batch, z), granularity)
+
+
+def predicted_kl(batch: TokenBatch, z: Tensor, lr: float) -> Tensor:
+    """(N,), ½ α² Var_π(z): each token's KL(π ‖ π_new) of a step (Eq. 6), in nats."""
+    return 0.5 * lr**2 * expected_fisher(batch, z)
+
+
+def subset_mean(batch: TokenBatch, values: Tensor, granularity: str) -> Tensor:
+    """(N,), the mean of `values` (N,) over each token's subset, handed back to every token of it."""
+    if granularity == "token":
+        return values
+    _, subset = torch.unique(batch.subsets(granularity), return_inverse=True)
+    size = torch.bincount(subset).to(values.dtype)
+    return (values.new_zeros(len(size)).index_add_(0, subset, values) / size)[subset]
+
+
+@dataclass(frozen=True)
+class VocabularySums:
+    """What the SGD model's closed form needs of the policy over the *full* vocabulary, per token.
+
+    Attributes:
+        action_prob: (N,), π_a.
+        square: (N,), Σπ².
+        cube: (N,), Σπ³.
+    """
+
+    action_prob: Tensor
+    square: Tensor
+    cube: Tensor
+
+
+def sgd_shifts(batch: TokenBatch, sums: VocabularySums, lr: float) -> tuple[Tensor, Tensor]:
+    """Both shifts of a single token's SGD step over the full vocabulary, where D = A v ⊗ x and z = A ‖x‖² v.
+
+    With vᵀv = 1 - 2π_a + Σπ², Σπv = π_a - Σπ² and Σπv² = π_a - 2π_a² + Σπ³, no support is needed.
+
+    Args:
+        batch: N tokens; only features and advantages are read.
+        sums: the policy's sums over the full vocabulary.
+        lr: learning rate α.
+
+    Returns:
+        policy shift (N,) and objective shift (N,), as `policy_shift` and `objective_shift`.
+    """
+    action, square, cube = sums.action_prob, sums.square, sums.cube
+    advantages = batch.advantages.to(batch.dtype)
+    stretch = advantages * batch.features.to(batch.dtype).square().sum(1)
+    slope = stretch * (1 - 2 * action + square)
+    variance = stretch.square() * (action - 2 * action.square() + cube - (action - square).square())
+    fisher_N = slope.square()
+    objective = lr * advantages * slope + 0.5 * lr**2 * advantages * (fisher_N - variance)
+    return 0.5 * lr**2 * fisher_N, objective

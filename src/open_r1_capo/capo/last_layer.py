@@ -1,0 +1,224 @@
+"""The last layer of the policy, seen through its sampled tokens (paper §4.1, "Last-layer model").
+
+A token's gradient with respect to the LM head W (Eq. 7) is the outer product `A · v ⊗ x`, kept as its
+factors: features x = h/τ, score v = e_a - π on the token's support, advantage A. A K×D gradient per token
+is never formed; only the sum over tokens of each vocabulary row is (`RowGradient`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+GRANULARITIES = ("token", "sequence", "group", "batch")
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """N sampled tokens of the policy, each with a support of K vocabulary ids.
+
+    Attributes:
+        features: x_ND = h/τ, the hidden state that predicts the token over the temperature; floating point.
+        token_ids: (N, K) int64, vocabulary ids of the support.
+        probs: pi_NK, the policy renormalised over the support; 0 on padding slots.
+        action_index: (N,) int64, column of the sampled token.
+        advantages: A_N.
+        groups: (N,) int64, the subset of each token for the granularities `sequence` and `group`.
+
+    Raises:
+        ValueError: a shape does not fit; the message names the tensor, the expected and the actual shape.
+    """
+
+    features: Tensor
+    token_ids: Tensor
+    probs: Tensor
+    action_index: Tensor
+    advantages: Tensor
+    groups: Tensor | None = None
+
+    def __post_init__(self):
+        """Check the shapes; free of synchronisation, so it costs nothing on an accelerator.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        if self.features.dim() != 2 or not self.features.is_floating_point():
+            raise ValueError(f"features: expected a floating (N, D), got {_describe(self.features)}")
+        if self.token_ids.dim() != 2 or self.token_ids.dtype != torch.int64:
+            raise ValueError(f"token_ids: expected an int64 (N, K), got {_describe(self.token_ids)}")
+        n, k = len(self.features), self.token_ids.shape[1]
+        expected = {"token_ids": (n, k), "probs": (n, k), "action_index": (n,), "advantages": (n,), "groups": (n,)}
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+
+    def __len__(self) -> int:
+        """N, the number of tokens."""
+        return len(self.features)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic: float32, or float64 if the features are."""
+        return torch.promote_types(self.features.dtype, torch.float32)
+
+    @property
+    def score(self) -> Tensor:
+        """v_NK = e_a - π (the paper's u_t, App. D)."""
+        score = -self.probs.to(self.dtype)
+        return score.scatter_add(1, self.action_index[:, None], torch.ones_like(score[:, :1]))
+
+    @property
+    def occupied(self) -> Tensor:
+        """(N, K) bool, the slots that hold a support id; padding has probability 0 and is not the action."""
+        return (self.probs > 0).scatter(1, self.action_index[:, None], True)
+
+    def subsets(self, granularity: str) -> Tensor:
+        """The subset b of each token (§5: tokens, sentences, groups or the full batch).
+
+        Args:
+            granularity: one of `GRANULARITIES`.
+
+        Returns:
+            (N,) int64.
+
+        Raises:
+            ValueError: an unknown granularity, or one that needs `groups` where there are none.
+        """
+        if granularity == "token":
+            return torch.arange(len(self), device=self.features.device)
+        if granularity == "batch":
+            return self.action_index.new_zeros(len(self))
+        if granularity not in GRANULARITIES:
+            raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, got {granularity!r}")
+        if self.groups is None:
+            raise ValueError(f"groups: granularity {granularity!r} needs the subset of each token, got None")
+        return self.groups
+
+    def select(self, index: Tensor | slice) -> TokenBatch:
+        """The tokens at `index` ((M,) int64, (N,) bool or a slice), in its order."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: part[index] for name, part in parts.items() if part is not None})
+
+    def validate(self, vocab_size: int) -> None:
+        """Check the values; reads them back once, so it synchronises an accelerator.
+
+        Raises:
+            ValueError: ids outside the vocabulary, columns outside the support, probabilities of finite tokens
+                that are negative or do not sum to 1.
+        """
+        _check_range("token_ids", self.token_ids, vocab_size)
+        _check_range("action_index", self.action_index, self.token_ids.shape[1])
+        total = self.probs.to(self.dtype).sum(1)
+        wrong = (total.isfinite() & ((total - 1).abs() > 1e-2)) | (self.probs < 0).any(1)
+        if wrong.any():
+            i = int(wrong.nonzero()[0])
+            raise ValueError(f"probs: expected rows that sum to 1 and are ≥ 0, got a sum of {total[i]:.4g} in row {i}")
+
+
+@dataclass(frozen=True)
+class RowGradient:
+    """The last layer's gradient as the vocabulary rows it touches (sums, so that parts can be added).
+
+    Attributes:
+        token_ids: (R,) int64, ascending.
+        total: (R, D), Σ_i w_i A_i v_ij x_i over the tokens i whose support holds row j (Eq. 7, not yet averaged).
+        count: (R,), the number of those tokens.
+        tokens: (), the number of all tokens counted, with or without a gradient.
+    """
+
+    token_ids: Tensor
+    total: Tensor
+    count: Tensor
+    tokens: Tensor
+
+    def mean(self, average: str) -> Tensor:
+        """(R, D), the averaged gradient: over the tokens that hold the row (`per_logit`) or all (`per_token`)."""
+        return self.total / (self.count[:, None] if average == "per_logit" else self.tokens)
+
+
+def row_gradient(batch: TokenBatch, weight: Tensor, scratch_bytes: int) -> RowGradient:
+    """The weighted gradient rows of a batch (Eq. 7).
+
+    Tokens of weight 0 are left out altogether, so that a rejected non-finite token cannot spread. Tokens of
+    advantage 0 count in the averages but touch no row.
+
+    Args:
+        batch: N tokens.
+        weight: (N,), from `TokenSelection`.
+        scratch_bytes: bound of the temporary memory.
+
+    Returns:
+        The rows that at least one token with a gradient touches.
+    """
+    kept = weight > 0
+    batch, weight = batch.select(kept), weight[kept].to(batch.dtype)
+    occupied = batch.occupied
+    coefficient = (weight * batch.advantages.to(batch.dtype))[:, None] * batch.score
+    moving = occupied & (batch.advantages != 0)[:, None]
+    ids, entry_row = torch.unique(batch.token_ids[moving], return_inverse=True)
+    total = batch.features.new_zeros(len(ids), batch.features.shape[1], dtype=batch.dtype)
+    entry_token = moving.nonzero()[:, 0]
+    add_outer(total, entry_row, coefficient[moving], batch.features, entry_token, scratch_bytes)
+    return RowGradient(ids, total, _count_ids(batch.token_ids[occupied], ids), kept.sum().to(batch.dtype))
+
+
+def merge(parts: Sequence[RowGradient]) -> RowGradient:
+    """The sum of gradients over micro-batches or ranks, on the union of their rows."""
+    if len(parts) == 1:
+        return parts[0]
+    ids, row = torch.unique(torch.cat([part.token_ids for part in parts]), return_inverse=True)
+    total = parts[0].total.new_zeros(len(ids), parts[0].total.shape[1])
+    count = parts[0].count.new_zeros(len(ids))
+    for part, part_row in zip(parts, row.split([len(part.token_ids) for part in parts]), strict=True):
+        total.index_add_(0, part_row, part.total)
+        count.index_add_(0, part_row, part.count)
+    return RowGradient(ids, total, count, torch.stack([part.tokens for part in parts]).sum())
+
+
+def add_outer(
+    out: Tensor, row: Tensor, coefficient: Tensor, features: Tensor, token: Tensor, scratch_bytes: int
+) -> None:
+    """out[row_e] += coefficient_e · x_{token_e} for E entries, in bounded chunks.
+
+    Args:
+        out: (R, D), added to in place.
+        row: (E,) int64.
+        coefficient: (E,).
+        features: x_ND.
+        token: (E,) int64.
+        scratch_bytes: bound of the temporary memory.
+    """
+    for part in chunks(len(row), 2 * out.shape[1] * out.element_size(), scratch_bytes):
+        out.index_add_(0, row[part], coefficient[part, None] * features[token[part]].to(out.dtype))
+
+
+def chunks(length: int, bytes_each: int, scratch_bytes: int) -> Iterator[slice]:
+    """Slices of 0..length whose items, of `bytes_each`, fit into `scratch_bytes` (at least one item each).
+
+    Yields:
+        Consecutive slices.
+    """
+    size = max(1, scratch_bytes // max(1, bytes_each))
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def _count_ids(ids: Tensor, wanted: Tensor) -> Tensor:
+    """How often each of `wanted` (ascending) occurs in `ids`; ids that are not wanted are passed over."""
+    if len(wanted) == 0:
+        return wanted.to(torch.float32)
+    place = torch.searchsorted(wanted, ids).clamp(max=len(wanted) - 1)
+    return torch.bincount(place[wanted[place] == ids], minlength=len(wanted)).to(torch.float32)
+
+
+def _check_range(name: str, values: Tensor, size: int) -> None:
+    if values.numel() and (int(values.min()) < 0 or int(values.max()) >= size):
+        raise ValueError(f"{name}: expected values in 0..{size - 1}, got {int(values.min())}..{int(values.max())}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
