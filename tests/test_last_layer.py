@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import random_batch, token_gradient
 
 from open_r1_capo.capo import TokenBatch
 from open_r1_capo.capo.last_layer import merge, row_gradient
+from oracle import random_batch, token_gradient
 
 
 def test_gradient_rows_equal_autograd():

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from oracle import adam_direction, mean_gradient, random_batch, shifts
 
 from open_r1_capo.capo import AdamStep, SGDStep, objective_shift, policy_shift
 from open_r1_capo.capo.curvature import VocabularySums, predicted_kl, sgd_shifts, subset_mean
 from open_r1_capo.capo.last_layer import TokenBatch, merge, row_gradient
+from oracle import adam_direction, mean_gradient, random_batch, shifts
 
 LR = 0.03
 ERROR = 1e-10
