@@ -80,10 +80,8 @@ def essence(answer: str) -> str:
 
 
 def _gold_text(solution: str) -> str:
-    r"""Box a bare gold answer: math-verify reads undelimited `\frac{1}{2}` as the number 1.
-
-    Text with delimiters of its own, or of several plain words (a sentence that states the answer), stays as it is.
-    """
+    """Box a bare gold answer; text with delimiters or of several plain words (a sentence) stays as it is."""
+    # math-verify reads an undelimited fraction as the number in its numerator
     delimited = any(mark in solution for mark in ("\\boxed", "$", "\\(", "\\["))
     prose = re.search(r"(?<![\\{\w])[A-Za-z]{2,}(\s+[A-Za-z]{2,}){2,}", solution)
     return solution if delimited or prose or not solution.strip() else f"\\boxed{{{solution.strip()}}}"

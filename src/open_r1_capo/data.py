@@ -1,0 +1,337 @@
+r"""Problems with their answers, and the one prompt template that training and evaluation share.
+
+    problems = load_problems("math_train_7500")                      # from the hub
+    problems = load_problems("math_train_12000", path="my/folder")   # from math_train.jsonl in a folder
+    problems = load_problems(path="my/problems.jsonl")
+    to_prompts(problems, SYSTEM_PROMPT)                              # prompt, solution, problem, answer
+
+Sources: DigitalLearningGmbH/MATH-lighteval (MATH, 7,500 train and 5,000 test problems) and HuggingFaceH4/MATH-500.
+The 12,000 are the whole of MATH without MATH-500, the split that openai/prm800k describes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SYSTEM_PROMPT = (
+    "You solve problems step by step. First think the problem through inside <think> and </think>: plan, calculate, "
+    "and check your work. Then, after </think>, state the result briefly and put the final answer, and nothing else, "
+    "inside \\boxed{}."
+)
+MATH, MATH_500 = "DigitalLearningGmbH/MATH-lighteval", "HuggingFaceH4/MATH-500"
+MATH_SETS = {"math_train_7500": 7500, "math_train_12000": 12000}
+PROBLEM_COLUMNS = ("problem", "question", "Problem", "Question", "input")
+ANSWER_COLUMNS = ("answer", "Answer", "final_answer", "solution", "expected_answer", "output")
+KEPT_COLUMNS = ("id", "level", "subject", "type", "split")
+
+
+class DataError(ValueError):
+    """A data set cannot be used; the message is one sentence for the user."""
+
+
+# --- the prompt template ---------------------------------------------------------------------------------------------
+
+
+def make_prompt(problem: str, system_prompt: str | None) -> list[dict]:
+    """Make the conversation that asks for the answer to a problem.
+
+    Args:
+        problem: Text of the problem.
+        system_prompt: What the system turn says; none is made for None or "".
+
+    Returns:
+        Turns with `role` and `content`; the tokenizer's chat template turns them into text.
+    """
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return [*system, {"role": "user", "content": problem}]
+
+
+def prompt_template_hash(system_prompt: str | None) -> str:
+    """Identify a prompt template: two evaluations with different hashes asked different questions.
+
+    Args:
+        system_prompt: The system prompt of the template.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    template = json.dumps(make_prompt("{problem}", system_prompt), sort_keys=True)
+    return hashlib.sha256(template.encode()).hexdigest()[:16]
+
+
+def to_prompts(dataset: Dataset, system_prompt: str | None) -> Dataset:
+    r"""Add the columns that GRPOTrainer and the rewards read.
+
+    Args:
+        dataset: Problems, as `load_problems` gives them.
+        system_prompt: What the system turn says, or None.
+
+    Returns:
+        The data set with `prompt` (a conversation) and `solution` (the gold answer as `\boxed{…}`).
+    """
+
+    def add(row: dict) -> dict:
+        return {"prompt": make_prompt(row["problem"], system_prompt), "solution": boxed(row["answer"])}
+
+    return dataset.map(add, load_from_cache_file=False)
+
+
+# --- gold answers ----------------------------------------------------------------------------------------------------
+
+
+def boxed(answer: str) -> str:
+    r"""Write a gold answer as math-verify parses it best: in a box, without inner dollar signs.
+
+    Args:
+        answer: A gold answer, such as `\frac{1}{2}` or `$2$, $3$`.
+
+    Returns:
+        `\boxed{…}`, or "" for an empty answer.
+    """
+    answer = re.sub(r"(?<!\\)\$", "", answer).strip()
+    return f"\\boxed{{{answer}}}" if answer else ""
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Return the content of the last `\boxed{…}`, or of `\boxed x` and `\fbox{…}`, which MATH has too.
+
+    Args:
+        text: A worked solution.
+
+    Returns:
+        The content without surrounding white space, or None if there is no complete box.
+    """
+    found = list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|\s\S+)", text))
+    if not found:
+        return None
+    if found[-1][1] != "{":
+        return found[-1][1].strip().rstrip("$.")
+    depth = 0
+    for brace in re.finditer(r"(?<!\\)[{}]", text[found[-1].start(1) :]):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return text[found[-1].end(1) : found[-1].start(1) + brace.start()].strip()
+    return None
+
+
+def gold_answer(value: object) -> str:
+    """Find the gold answer in a cell: the last box of a solution, what follows GSM8K's ####, or the cell itself.
+
+    Args:
+        value: Text, a number, or a list of equivalent or joint answers.
+
+    Returns:
+        The answer, or "" if there is none.
+    """
+    if isinstance(value, list | tuple):
+        return ", ".join(gold_answer(element) for element in value)
+    text = "" if value is None else str(value)
+    if "\\boxed" in text or "\\fbox" in text:
+        return last_boxed(text) or ""
+    return text.rpartition("####")[2].strip()
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """Read a JSONL or Parquet file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        One dict a row.
+
+    Raises:
+        DataError: If it is missing, of another type, or malformed (JSONL: names file and line).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"there is no file {path}")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            return pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is not a Parquet file: {error}") from error
+    if path.suffix not in (".jsonl", ".json"):
+        raise DataError(f"{path} is neither .jsonl nor .parquet")
+    rows = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                rows.append(_parse_line(line, f"{path}, line {number}"))
+    return rows
+
+
+def _parse_line(line: bytes, place: str) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # bad JSON, or not UTF-8
+        raise DataError(f"{place}: not a JSON object ({error})") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: not a JSON object (it is a {type(row).__name__})")
+    return row
+
+
+def _file_rows(path: Path, split: str, stems: tuple[str, ...]) -> list[dict]:
+    """Read a file, or those files of a folder that belong to the split (or whose name starts with a stem)."""
+    if not path.exists():
+        raise DataError(f"data.path={path} does not exist")
+    if path.is_file():
+        return read_rows(path)
+    files = sorted(file for file in path.rglob("*") if file.suffix in (".jsonl", ".parquet"))
+    for stem in stems:
+        if chosen := [file for file in files if file.name.startswith(stem)]:
+            return [row for file in chosen for row in read_rows(file)]
+    if len(files) != 1:
+        names = ", ".join(str(file.relative_to(path)) for file in files[:8]) or "no .jsonl or .parquet file"
+        raise DataError(f"data.path={path} has no file named {split}*; name one of its files instead: {names}")
+    return read_rows(files[0])
+
+
+def hub_rows(name: str, config: str | None, split: str) -> list[dict]:
+    """Load a data set from the Hugging Face hub, or from its local cache.
+
+    Args:
+        name: The hub's name, `owner/name`.
+        config: Which configuration of it, or None.
+        split: Which split of it.
+
+    Returns:
+        One dict a row.
+
+    Raises:
+        DataError: If it does not exist, is gated, or the hub cannot be reached.
+    """
+    import datasets
+    import huggingface_hub
+
+    if not _hub_resolves():  # then use the cache at once: each of the hub client's retries waits in vain
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        return datasets.load_dataset(name, config, split=split).to_list()
+    except datasets.exceptions.DatasetNotFoundError as error:
+        gated = "gated" in str(error)
+        hint = "is gated: accept its terms on the hub and run `hf auth login`" if gated else "was not found on the hub"
+        raise DataError(f"data set {name} {hint} (or use a local copy with data.path=…)") from error
+    except (OSError, ValueError) as error:  # no network: ConnectionError; no such config or split: ValueError
+        if isinstance(error, OSError) or "Couldn't find cache" in str(error):
+            raise DataError(
+                f"data set {name} could not be downloaded (is this machine offline?); point at a local copy with "
+                "data.path=<file or folder of .jsonl or .parquet>"
+            ) from error
+        raise DataError(f"data set {name}: {error}") from error
+
+
+def _hub_resolves() -> bool:
+    """Return whether the hub's name can be looked up; behind a proxy that is the proxy's business."""
+    if urllib.request.getproxies():
+        return True
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        return bool(socket.getaddrinfo(urllib.parse.urlsplit(endpoint).hostname, 443))
+    except OSError:
+        return False
+
+
+def _math_rows(name: str, path: Path | None) -> list[dict]:
+    """Load one of the two MATH training sets and check that it is complete."""
+    if path is None:
+        rows = hub_rows(MATH, None, "train")
+        if name == "math_train_12000":
+            held_out = {normalise(row["problem"]) for row in hub_rows(MATH_500, None, "test")}
+            rows += [row for row in hub_rows(MATH, None, "test") if normalise(row["problem"]) not in held_out]
+    else:
+        rows = _file_rows(path, "train", (name, "math_train", "train"))
+        if name == "math_train_7500":
+            rows = [row for row in rows if row.get("split", "train") == "train"]
+    if len(rows) != MATH_SETS[name]:
+        raise DataError(f"{name} from {path or MATH} has {len(rows)} problems instead of {MATH_SETS[name]}")
+    return rows
+
+
+def normalise(problem: str) -> str:
+    """Remove white space, to compare problems of different copies of a data set.
+
+    Args:
+        problem: Text of a problem.
+
+    Returns:
+        The text without white space.
+    """
+    return "".join(problem.split())
+
+
+def _column(wanted: str | None, candidates: Iterable[str], rows: list[dict], source: str) -> str:
+    """Choose the column to read: the wanted one, else the first candidate that the rows have."""
+    names = [wanted] if wanted else list(candidates)
+    for name in names:
+        if name in rows[0]:
+            return name
+    raise DataError(f"{source} has no column {' or '.join(names)}; its columns are {', '.join(map(str, rows[0]))}")
+
+
+def load_problems(
+    name: str | None = None,
+    path: str | Path | None = None,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    problem_column: str | None = None,
+    answer_column: str | None = None,
+) -> Dataset:
+    r"""Load problems and their answers.
+
+    Args:
+        name: `math_train_7500`, `math_train_12000`, or the name of any data set on the hub.
+        path: A JSONL or Parquet file, or a folder of them, to read instead of the hub.
+        config: Configuration of a hub data set.
+        split: Split of a hub data set; in a folder, the files whose names start with it.
+        problem_column: Column of the problems, found by itself if it has a usual name.
+        answer_column: Column of the answers; of a worked solution, the last `\boxed` is taken.
+
+    Returns:
+        A data set with `problem`, `answer`, and those of KEPT_COLUMNS that the source has.
+
+    Raises:
+        DataError: If the data set is missing, malformed, incomplete, or has no answers.
+    """
+    from datasets import Dataset
+
+    if not name and not path:
+        raise DataError("no data set: give data.name=<name> or data.path=<file or folder>")
+    source, local = str(path or name), Path(path) if path else None
+    if name in MATH_SETS:
+        rows = _math_rows(name, local)
+    else:
+        rows = _file_rows(local, split, (split,)) if local else hub_rows(name, config, split)
+    if not rows:
+        raise DataError(f"{source} holds no problem")
+    problem = _column(problem_column, PROBLEM_COLUMNS, rows, source)
+    answer = _column(answer_column, ANSWER_COLUMNS, rows, source)
+    kept = [column for column in KEPT_COLUMNS if column in rows[0]]
+    table = []
+    for number, row in enumerate(rows, start=1):
+        if row.get(problem) is None or row.get(answer) is None:
+            missing = problem if row.get(problem) is None else answer
+            raise DataError(f"{source}, row {number}: column {missing} is missing or empty")
+        cells = {column: str(row.get(column)) for column in kept}
+        table.append({"problem": str(row[problem]), "answer": gold_answer(row[answer]), **cells})
+    if not any(row["answer"] for row in table):
+        raise DataError(f"{source}: no answer found in column {answer} (answers, or solutions with \\boxed{{…}})")
+    return Dataset.from_list(table)
