@@ -49,7 +49,7 @@ def verifier():
     ("gold", "answer", "verdict"),
     [
         ("4", "so it is \\boxed{4}", True),
-        ("4", "\\boxed{3}. No: \\boxed{4}", True),
+        ("4", "\\boxed{3} cannot be right because 3 is odd. So it is \\boxed{4}", True),
         ("3, 4", "\\boxed{3} and \\boxed{4}", True),
         ("4", "\\boxed{5}, although 4 came first", False),
         ("\\frac{1}{2}", "The answer is 0.5.", True),
