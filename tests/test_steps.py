@@ -148,7 +148,7 @@ def test_tokens_without_advantage_need_no_work_but_count():
     step.commit()
     alone = AdamStep(11, 7, moment_average="per_token")
     alone.commit(batch, torch.ones(12))
-    assert torch.allclose(step.first[1:], alone.first[1:] / 2)
+    assert torch.allclose(step.table.first[1:], alone.table.first[1:] / 2)
 
 
 def test_a_step_of_rejected_tokens_only_counts_and_touches_nothing():

@@ -7,11 +7,13 @@ is never formed; only the sum over tokens of each vocabulary row is (`RowGradien
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+from open_r1_capo.capo.segments import segment_sums
 
 GRANULARITIES = ("token", "sequence", "group", "batch")
 
@@ -103,8 +105,11 @@ class TokenBatch:
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: part[index] for name, part in parts.items() if part is not None})
 
-    def validate(self, vocab_size: int) -> None:
+    def validate(self, vocab_size: int | None) -> None:
         """Check the values; reads them back once, so it synchronises an accelerator.
+
+        Args:
+            vocab_size: V, or None where any id will do.
 
         Raises:
             ValueError: ids outside the vocabulary, columns outside the support, probabilities of finite tokens
@@ -135,9 +140,64 @@ class RowGradient:
     count: Tensor
     tokens: Tensor
 
-    def mean(self, average: str) -> Tensor:
-        """(R, D), the averaged gradient: over the tokens that hold the row (`per_logit`) or all (`per_token`)."""
-        return self.total / (self.count[:, None] if average == "per_logit" else self.tokens)
+    def mean(self, average: str, rows: slice = slice(None)) -> Tensor:
+        """(rows, D), the averaged gradient: over the tokens that hold the row (`per_logit`) or all (`per_token`)."""
+        return self.total[rows] / (self.count[rows, None] if average == "per_logit" else self.tokens)
+
+
+@dataclass(frozen=True)
+class RowEntries:
+    """The terms of a batch's gradient rows, sorted by vocabulary id: row r sums its slice of E entries.
+
+    Attributes:
+        token_ids: (R,) int64, ascending.
+        offsets: (R + 1,) int64; the entries of row r are offsets[r] to offsets[r + 1].
+        token: (E,) int64, the token of each entry, ascending within a row.
+        coefficient: (E,), w A v of each entry.
+        count: (R,), the number of tokens whose support holds the row, with or without a gradient.
+        tokens: (), the number of all tokens counted.
+    """
+
+    token_ids: Tensor
+    offsets: Tensor
+    token: Tensor
+    coefficient: Tensor
+    count: Tensor
+    tokens: Tensor
+
+    def sums(self, rows: slice, features: Tensor, scratch_bytes: int) -> Tensor:
+        """(rows, D), Σ of coefficient · x over the entries of each row of a slice of the R rows, in token order."""
+        offsets = self.offsets[rows.start : rows.stop + 1]
+        part = slice(int(offsets[0]), int(offsets[-1]))
+        return segment_sums(offsets - part.start, self.token[part], self.coefficient[part], features, scratch_bytes)
+
+    def mean(self, average: str, rows: slice, features: Tensor, scratch_bytes: int) -> Tensor:
+        """(rows, D), `RowGradient.mean` of these rows without the sums of the others."""
+        total = self.sums(rows, features, scratch_bytes)
+        return total.div_(self.count[rows, None] if average == "per_logit" else self.tokens)
+
+
+def row_entries(batch: TokenBatch, weight: Tensor) -> RowEntries:
+    """The sorted terms of `row_gradient`.
+
+    Args:
+        batch: N tokens.
+        weight: (N,), from `TokenSelection`.
+
+    Returns:
+        The entries of the tokens of positive weight and non-zero advantage.
+    """
+    kept = weight > 0
+    occupied = batch.occupied & kept[:, None]
+    moving = (occupied & (batch.advantages != 0)[:, None]).flatten().nonzero()[:, 0]
+    ids, order = torch.sort(batch.token_ids.flatten()[moving], stable=True)
+    moving = moving[order]
+    coefficient = (weight.to(batch.dtype) * batch.advantages.to(batch.dtype))[:, None] * batch.score
+    ids, length = torch.unique_consecutive(ids, return_counts=True)
+    offsets = torch.cat([length.new_zeros(1), length.cumsum(0)])
+    count = torch.bincount(batch.token_ids[occupied])[ids].to(torch.float32)
+    token = moving // batch.token_ids.shape[1]
+    return RowEntries(ids, offsets, token, coefficient.flatten()[moving], count, kept.sum().to(batch.dtype))
 
 
 def row_gradient(batch: TokenBatch, weight: Tensor, scratch_bytes: int) -> RowGradient:
@@ -154,16 +214,10 @@ def row_gradient(batch: TokenBatch, weight: Tensor, scratch_bytes: int) -> RowGr
     Returns:
         The rows that at least one token with a gradient touches.
     """
-    kept = weight > 0
-    batch, weight = batch.select(kept), weight[kept].to(batch.dtype)
-    occupied = batch.occupied
-    coefficient = (weight * batch.advantages.to(batch.dtype))[:, None] * batch.score
-    moving = occupied & (batch.advantages != 0)[:, None]
-    ids, entry_row = torch.unique(batch.token_ids[moving], return_inverse=True)
-    total = batch.features.new_zeros(len(ids), batch.features.shape[1], dtype=batch.dtype)
-    entry_token = moving.nonzero()[:, 0]
-    add_outer(total, entry_row, coefficient[moving], batch.features, entry_token, scratch_bytes)
-    return RowGradient(ids, total, _count_ids(batch.token_ids[occupied], ids), kept.sum().to(batch.dtype))
+    entries = row_entries(batch, weight)
+    rows = slice(0, len(entries.token_ids))
+    total = entries.sums(rows, batch.features, scratch_bytes)
+    return RowGradient(entries.token_ids, total, entries.count, entries.tokens)
 
 
 def merge(parts: Sequence[RowGradient]) -> RowGradient:
@@ -179,45 +233,13 @@ def merge(parts: Sequence[RowGradient]) -> RowGradient:
     return RowGradient(ids, total, count, torch.stack([part.tokens for part in parts]).sum())
 
 
-def add_outer(
-    out: Tensor, row: Tensor, coefficient: Tensor, features: Tensor, token: Tensor, scratch_bytes: int
-) -> None:
-    """out[row_e] += coefficient_e · x_{token_e} for E entries, in bounded chunks.
-
-    Args:
-        out: (R, D), added to in place.
-        row: (E,) int64.
-        coefficient: (E,).
-        features: x_ND.
-        token: (E,) int64.
-        scratch_bytes: bound of the temporary memory.
-    """
-    for part in chunks(len(row), 2 * out.shape[1] * out.element_size(), scratch_bytes):
-        out.index_add_(0, row[part], coefficient[part, None] * features[token[part]].to(out.dtype))
-
-
-def chunks(length: int, bytes_each: int, scratch_bytes: int) -> Iterator[slice]:
-    """Slices of 0..length whose items, of `bytes_each`, fit into `scratch_bytes` (at least one item each).
-
-    Yields:
-        Consecutive slices.
-    """
-    size = max(1, scratch_bytes // max(1, bytes_each))
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
-
-
-def _count_ids(ids: Tensor, wanted: Tensor) -> Tensor:
-    """How often each of `wanted` (ascending) occurs in `ids`; ids that are not wanted are passed over."""
-    if len(wanted) == 0:
-        return wanted.to(torch.float32)
-    place = torch.searchsorted(wanted, ids).clamp(max=len(wanted) - 1)
-    return torch.bincount(place[wanted[place] == ids], minlength=len(wanted)).to(torch.float32)
-
-
-def _check_range(name: str, values: Tensor, size: int) -> None:
-    if values.numel() and (int(values.min()) < 0 or int(values.max()) >= size):
-        raise ValueError(f"{name}: expected values in 0..{size - 1}, got {int(values.min())}..{int(values.max())}")
+def _check_range(name: str, values: Tensor, size: int | None) -> None:
+    if values.numel() == 0:
+        return
+    low, high = torch.stack(values.aminmax()).tolist()
+    if low < 0 or (size is not None and high >= size):
+        expected = "values ≥ 0" if size is None else f"values in 0..{size - 1}"
+        raise ValueError(f"{name}: expected {expected}, got {low}..{high}")
 
 
 def _describe(tensor: Tensor) -> str:

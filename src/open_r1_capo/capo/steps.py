@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_r1_capo.capo.last_layer import RowGradient, TokenBatch, add_outer, chunks, merge, row_gradient
+from open_r1_capo.capo import adam
+from open_r1_capo.capo.last_layer import RowGradient, TokenBatch, merge, row_entries, row_gradient
+from open_r1_capo.capo.moments import MomentTable
+from open_r1_capo.capo.segments import chunks, entry_dots, segment_sums, support_dots
 
 SCRATCH_BYTES = 64 * 2**20  # bound of the temporary memory of one call
 
@@ -29,11 +32,14 @@ class _Step:
         self.step_count = 0
         self._collected: list[RowGradient] = []
 
+    @torch.no_grad()
     def accumulate(self, batch: TokenBatch, weight: Tensor) -> None:
         """Add a micro-batch of the coming step: N tokens with their weights (N,) in [0, 1]."""
+        self._check(batch)
         part = row_gradient(batch, weight, self.scratch_bytes)
         self._collected = [merge([*self._collected, part])]
 
+    @torch.no_grad()
     def commit(
         self,
         batch: TokenBatch | None = None,
@@ -50,6 +56,11 @@ class _Step:
         Raises:
             ValueError: nothing was accumulated and no batch is given.
         """
+        if batch is not None and not self._collected and reduce is None:
+            self._check(batch)
+            self.step_count += 1
+            self._apply_batch(batch, weight)
+            return
         if batch is not None:
             self.accumulate(batch, weight)
         if not self._collected:
@@ -58,6 +69,7 @@ class _Step:
         self.step_count += 1
         self._apply(reduce(gradient) if reduce else gradient)
 
+    @torch.no_grad()
     def propose(self, batch: TokenBatch, granularity: str = "token") -> Tensor:
         """z_NK = D x per unit learning rate, with D = optimizer(mean gradient of the token's subset).
 
@@ -71,6 +83,7 @@ class _Step:
         Raises:
             ValueError: the batch does not fit the model's vocabulary or width, or `groups` is missing.
         """
+        self._check(batch)
         moving = batch.advantages != 0
         if granularity != "token":
             _, subset = torch.unique(batch.subsets(granularity), return_inverse=True)
@@ -94,21 +107,27 @@ class _Step:
         token, entry_pair = token[order], entry_pair[order]
         coefficient = (batch.advantages.to(batch.dtype)[:, None] * batch.score)[occupied][order]
         count = torch.bincount(entry_pair)
-        end = count.cumsum(0)
+        offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
         share = count if self.moment_average == "per_logit" else torch.bincount(subset)[pair // stride]
         x, dots = batch.features, torch.empty_like(coefficient)
-        width = x.shape[1] * coefficient.element_size()
-        for rows in chunks(len(pair), 6 * width, self.scratch_bytes):
-            entries = slice(int(end[rows.start] - count[rows.start]), int(end[rows.stop - 1]))
-            row = entry_pair[entries] - rows.start
-            gradient = x.new_zeros(rows.stop - rows.start, x.shape[1], dtype=batch.dtype)
-            add_outer(gradient, row, coefficient[entries], x, token[entries], self.scratch_bytes)
-            direction = self._direction(pair[rows] % stride, gradient / share[rows, None])
-            dots[entries] = _dots(direction, row, x, token[entries], self.scratch_bytes)
+        for rows in chunks(len(pair), 6 * x.shape[1] * coefficient.element_size(), self.scratch_bytes):
+            bounds = offsets[rows.start : rows.stop + 1]
+            part = slice(int(bounds[0]), int(bounds[-1]))
+            total = segment_sums(bounds - part.start, token[part], coefficient[part], x, self.scratch_bytes)
+            direction = self._direction(pair[rows] % stride, total.div_(share[rows, None]))
+            dots[part] = entry_dots(direction, entry_pair[part] - rows.start, x, token[part], self.scratch_bytes)
         z, inverse = torch.zeros_like(batch.score), torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=order.device)
         z[occupied] = dots[inverse]
         return z
+
+    def _check(self, batch: TokenBatch) -> None:
+        """Raise ValueError for a batch that does not fit the model."""
+        batch.validate(None)
+
+    def _apply_batch(self, batch: TokenBatch, weight: Tensor) -> None:
+        """Step with one batch and nothing else."""
+        self._apply(row_gradient(batch, weight, self.scratch_bytes))
 
 
 class SGDStep(_Step):
@@ -122,16 +141,16 @@ class SGDStep(_Step):
         super().__init__(scratch_bytes)
         self._committed: RowGradient | None = None
 
+    @torch.no_grad()
     def planned(self, batch: TokenBatch) -> Tensor:
         """z (N, K) of the step that the last commit takes; 0 for ids that it does not touch."""
         z = torch.zeros_like(batch.score)
         if self._committed is None or len(self._committed.token_ids) == 0:
             return z
-        ids, rows = self._committed.token_ids, self._committed.mean("per_token")
-        place = torch.searchsorted(ids, batch.token_ids).clamp(max=len(ids) - 1)
-        known = ids[place] == batch.token_ids
-        z[known] = _dots(rows, place[known], batch.features, known.nonzero()[:, 0], self.scratch_bytes)
-        return z
+        ids = self._committed.token_ids
+        place = torch.searchsorted(ids, batch.token_ids).clamp_(max=len(ids) - 1)
+        z = support_dots(self._committed.total, place, batch.features, self.scratch_bytes) / self._committed.tokens
+        return z.masked_fill_(ids[place] != batch.token_ids, 0).to(batch.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """The step count; SGD has no moments."""
@@ -199,12 +218,10 @@ class AdamStep(_Step):
         self.vocab_size, self.dim = vocab_size, dim
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
         self.moment_average, self.absent_rows = moment_average, absent_rows
-        self.row_of = torch.zeros(vocab_size, dtype=torch.int32)
-        self.rows = 1  # row 0 is the zero row
-        self.first = torch.zeros(1, dim)
-        self.second = torch.zeros(1, dim)
-        self.last_step = torch.zeros(1, dtype=torch.int64)
+        self.rule = adam.AdamRule(beta1, beta2, eps, absent_rows == "decay")
+        self.table = MomentTable(vocab_size, dim)
 
+    @torch.no_grad()
     def planned(self, batch: TokenBatch) -> Tensor:
         """z of the step that the committed moments take (before the first commit: 0).
 
@@ -216,131 +233,81 @@ class AdamStep(_Step):
         Returns:
             (N, K), per unit learning rate.
         """
+        self._check(batch)
         z = torch.zeros_like(batch.score)
         if self.step_count == 0:
             return z
-        self._fit(batch)
-        row = self.row_of[batch.token_ids]
-        first, second = self._decayed(torch.arange(self.rows, device=row.device), self.step_count)
-        direction = self._ratio(first, second, self.step_count)
-        if self.absent_rows == "hold":
-            direction[self.last_step[: self.rows] != self.step_count] = 0
-        entry_token = torch.arange(len(batch), device=row.device).repeat_interleave(row.shape[1])
-        return _dots(direction, row.flatten(), batch.features, entry_token, self.scratch_bytes).view_as(z)
+        row, place = torch.unique(self.table.row_of[batch.token_ids], return_inverse=True)
+        row = row.long()
+        resting = self.table.last_step[row] != self.step_count
+        for columns in chunks(self.dim, 5 * len(row) * z.element_size(), self.scratch_bytes):
+            direction = self.rule.direction(
+                *self.rule.current(self.table, row, self.step_count, columns), self.step_count
+            )
+            if self.absent_rows == "hold":
+                direction[resting] = 0
+            z += support_dots(direction, place, batch.features[:, columns], self.scratch_bytes)
+        return z
 
     def state_dict(self) -> dict[str, Any]:
         """The settings, the step count and the touched rows: ids (R,), moments (R, D), last step (R,)."""
-        ids = self.row_of.nonzero()[:, 0]
-        row = self.row_of[ids].long()
         names = ("vocab_size", "dim", "beta1", "beta2", "eps", "moment_average", "absent_rows")
         return {
             "settings": {"optimizer": "adam", **{name: getattr(self, name) for name in names}},
             "step_count": self.step_count,
-            "token_ids": ids,
-            "first_moment": self.first[row],
-            "second_moment": self.second[row],
-            "last_step": self.last_step[row],
+            **self.table.touched(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`.
 
         Raises:
-            ValueError: the state has other settings (each difference is named), or moments that are not finite.
+            ValueError: the state has other settings (each difference is named), or moments that cannot be.
         """
         _check_settings(self.state_dict()["settings"], state["settings"])
-        ids, first, second = state["token_ids"], state["first_moment"], state["second_moment"]
-        for name, moment in (("first_moment", first), ("second_moment", second)):
-            if tuple(moment.shape) != (len(ids), self.dim):
-                raise ValueError(f"{name}: expected shape {(len(ids), self.dim)}, got {tuple(moment.shape)}")
-            if not bool(moment.isfinite().all()):
-                raise ValueError(f"{name}: expected finite values, got {int((~moment.isfinite()).sum())} that are not")
-        self.step_count, self.rows = int(state["step_count"]), 1 + len(ids)
-        self.row_of = torch.zeros(self.vocab_size, dtype=torch.int32, device=first.device)
-        self.row_of[ids] = torch.arange(1, self.rows, dtype=torch.int32, device=first.device)
-        self.first, self.second = (torch.cat([m.new_zeros(1, self.dim), m]) for m in (first, second))
-        self.last_step = torch.cat([state["last_step"].new_zeros(1), state["last_step"]])
+        names = ("token_ids", "first_moment", "second_moment", "last_step")
+        self.table.restore(*(state[name] for name in names))
+        self.step_count = int(state["step_count"])
 
-    def _propose_tokens(self, batch: TokenBatch) -> Tensor:
-        self._fit(batch)
-        coefficient = batch.advantages.to(batch.dtype)[:, None] * batch.score
-        z, k = torch.empty_like(coefficient), coefficient.shape[1]
-        for part in chunks(len(batch), 8 * k * self.dim * coefficient.element_size(), self.scratch_bytes):
-            x = batch.features[part].to(batch.dtype)
-            gradient = coefficient[part].reshape(-1, 1) * x.repeat_interleave(k, dim=0)
-            direction = self._direction(batch.token_ids[part].flatten(), gradient)
-            z[part] = torch.bmm(direction.view(-1, k, self.dim), x[:, :, None])[:, :, 0]
-        return z
-
-    def _direction(self, ids: Tensor, gradient: Tensor) -> Tensor:
-        """(R, D), Adam's direction if the rows `ids` (R,) received `gradient` (R, D) now; reads the moments."""
-        first, second = self._decayed(self.row_of[ids].long(), self.step_count)
-        first = self.beta1 * first + (1 - self.beta1) * gradient
-        second = self.beta2 * second + (1 - self.beta2) * gradient.square()
-        return self._ratio(first, second, self.step_count + 1)
-
-    def _ratio(self, first: Tensor, second: Tensor, step: int) -> Tensor:
-        root = second.sqrt().div_((1 - self.beta2**step) ** 0.5).add_(self.eps)
-        return first.div(1 - self.beta1**step).div_(root)
-
-    def _decayed(self, row: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """The moments of table rows (R,) as they stand after `step` steps: (R, D) each."""
-        first, second = self.first[row], self.second[row]
-        if self.absent_rows == "decay":
-            missed = (step - self.last_step[row])[:, None].to(first.dtype)
-            first, second = first * self.beta1**missed, second * self.beta2**missed
-        return first, second
-
-    def _apply(self, gradient: RowGradient) -> None:
-        ids, mean = gradient.token_ids, gradient.mean(self.moment_average)
-        self._grow(ids, mean)
-        row = self.row_of[ids].long()
-        for part in chunks(len(row), 6 * self.dim * mean.element_size(), self.scratch_bytes):
-            r, g = row[part], mean[part]
-            first, second = self._decayed(r, self.step_count - 1)
-            self.first[r] = self.beta1 * first + (1 - self.beta1) * g
-            self.second[r] = self.beta2 * second + (1 - self.beta2) * g.square()
-            self.last_step[r] = self.step_count
-
-    def _grow(self, ids: Tensor, like: Tensor) -> None:
-        """Give the ids (ascending) that have no row one, doubling the table when it is full."""
-        self._place(like)
-        new = ids[self.row_of[ids] == 0]
-        needed = self.rows + len(new)
-        if needed > len(self.first):
-            size = min(max(needed, 2 * len(self.first)), self.vocab_size + 1)
-            for name in ("first", "second", "last_step"):
-                old = getattr(self, name)
-                grown = old.new_zeros(size, *old.shape[1:])
-                grown[: len(old)] = old
-                setattr(self, name, grown)
-        self.row_of[new] = torch.arange(self.rows, needed, dtype=torch.int32, device=new.device)
-        self.rows = needed
-
-    def _fit(self, batch: TokenBatch) -> None:
+    def _check(self, batch: TokenBatch) -> None:
         """Check the batch against the model and follow its device.
 
         Raises:
-            ValueError: the batch has another width.
+            ValueError: the batch has another width, or values that cannot be.
         """
         if batch.features.shape[1] != self.dim:
             raise ValueError(f"features: expected width {self.dim}, got {batch.features.shape[1]}")
-        self._place(torch.empty(0, dtype=batch.dtype, device=batch.features.device))
+        batch.validate(self.vocab_size)
+        self.table.place(batch.features.device, batch.dtype)
 
-    def _place(self, like: Tensor) -> None:
-        """Move the state to the device, and while it is empty the dtype, of `like`."""
-        if self.first.device != like.device or (self.rows == 1 and self.first.dtype != like.dtype):
-            dtype = like.dtype if self.rows == 1 else self.first.dtype
-            self.first, self.second = (m.to(like.device, dtype) for m in (self.first, self.second))
-            self.row_of, self.last_step = self.row_of.to(like.device), self.last_step.to(like.device)
+    def _propose_tokens(self, batch: TokenBatch) -> Tensor:
+        coefficient = batch.advantages.to(batch.dtype)[:, None] * batch.score
+        row = self.table.row_of[batch.token_ids]
+        return adam.propose(
+            self.rule, self.table, row, coefficient, batch.features, self.step_count + 1, self.scratch_bytes
+        )
 
+    def _direction(self, ids: Tensor, gradient: Tensor) -> Tensor:
+        """(R, D), Adam's direction if the rows `ids` (R,) received `gradient` (R, D) now; reads the moments."""
+        moments = self.rule.current(self.table, self.table.row_of[ids].long(), self.step_count)
+        return self.rule.direction(*self.rule.blend(*moments, gradient), self.step_count + 1)
 
-def _dots(rows: Tensor, row: Tensor, features: Tensor, token: Tensor, scratch_bytes: int) -> Tensor:
-    """(E,), rows[row_e] · x_{token_e} in bounded chunks, for `rows` (R, D), `row` and `token` (E,)."""
-    out = rows.new_empty(len(row))
-    for part in chunks(len(row), 3 * rows.shape[1] * rows.element_size(), scratch_bytes):
-        out[part] = (rows[row[part].long()] * features[token[part]].to(rows.dtype)).sum(1)
-    return out
+    def _apply_batch(self, batch: TokenBatch, weight: Tensor) -> None:
+        if batch.features.dtype != batch.dtype:  # many small sums would widen the features as many times
+            return super()._apply_batch(batch, weight)
+        entries = row_entries(batch, weight)
+        self._update(
+            entries.token_ids,
+            lambda rows: entries.mean(self.moment_average, rows, batch.features, self.scratch_bytes),
+        )
+
+    def _apply(self, gradient: RowGradient) -> None:
+        self.table.place(gradient.total.device, gradient.total.dtype)
+        self._update(gradient.token_ids, lambda rows: gradient.mean(self.moment_average, rows))
+
+    def _update(self, ids: Tensor, gradient: Callable[[slice], Tensor]) -> None:
+        row = self.table.grow(ids)
+        adam.update(self.rule, self.table, row, gradient, self.step_count, self.scratch_bytes)
 
 
 def _check_settings(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
