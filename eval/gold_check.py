@@ -10,10 +10,9 @@ import sys
 import time
 from collections.abc import Sequence
 
+from open_r1_capo.data import last_boxed, read_rows
 from scoring import score
 from suite import OPEN, Benchmark, boxed, records
-
-from open_r1_capo.data import last_boxed, read_rows
 
 
 def sentence(gold: str, kind: str) -> str:
@@ -88,7 +87,7 @@ def main(folder: str, names: Sequence[str]) -> int:
         wrong, right = check(rows, original_answers(benchmark, folder, rows))
         seconds = time.perf_counter() - started
         print(
-            f"{benchmark.name}: {len(rows)} problems, {len(wrong)} gold not 1, {len(right)} swaps not 0, {seconds:.0f} s"
+            f"{benchmark.name}: {len(rows)}: gold not 1: {len(wrong)}, swapped not 0: {len(right)}, {seconds:.0f} s"
         )
         for identity, gold, got in wrong:
             print(f"  gold  {identity}: {last_boxed(gold)!r} scores {got}")

@@ -1,8 +1,8 @@
 r"""The two suites of eight test sets: where their problems come from and what counts as the gold answer.
 
 `open` are the paper's: GSM8K, MATH500, OlympiadBench, MinervaMath, GPQA-Diamond, AMC23, AIME24, AIME25. `lab` are
-eight held-out variants of the lab's task. A row of a test set, from the hub or from a local file, becomes a record with
-`id`, `problem`, `gold` and `kind`; `kind` decides how answers are scored (scoring.py).
+eight held-out variants of the lab's task. A row of a test set, from the hub or from a local file, becomes a record
+with `id`, `problem`, `gold` and `kind`; `kind` decides how answers are scored (scoring.py).
 """
 
 from __future__ import annotations

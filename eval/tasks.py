@@ -4,8 +4,8 @@ r"""The eight test sets as lighteval custom tasks (lighteval 0.13).
 
     lighteval endpoint litellm MODEL.yaml "capo:gsm8k|0,capo:math_500|0" --custom-tasks eval/tasks.py
 
-MODEL.yaml holds the address of the model, the sampling, and the system prompt; `make eval` leaves the one it used beside
-its results. Two environment variables change the tasks:
+MODEL.yaml holds the address of the model, the sampling, and the system prompt; `make eval` leaves the one it used
+beside its results. Two environment variables change the tasks:
 CAPO_EVAL_DATA=<folder> reads <folder>/<task>.jsonl or <folder>/<task>/test.jsonl instead of the hub, the lab's sets
 (`capo:lab_…`) among them, and CAPO_EVAL_SAMPLES=<n> asks for n answers a problem.
 
