@@ -72,6 +72,31 @@ def predicted_kl(batch: TokenBatch, z: Tensor, lr: float) -> Tensor:
     return 0.5 * lr**2 * expected_fisher(batch, z)
 
 
+def support_kl(batch: TokenBatch, log_mass: Tensor, new_log_probs: Tensor) -> Tensor:
+    """The measured KL(π ‖ π_new) of each token on the partition {support ids, everything else}.
+
+    Exact when the support is the vocabulary, a lower bound otherwise (merging outcomes never raises a divergence).
+
+    Args:
+        batch: N tokens with the policy before the step.
+        log_mass: (N,), log of the old policy's probability of the support.
+        new_log_probs: (N, K), the new policy's log-probabilities at `batch.token_ids`, over the full vocabulary.
+
+    Returns:
+        (N,) float64, in nats, ≥ 0.
+    """
+    present = batch.probs > 0
+    log_mass = log_mass.double().clamp(max=0)  # float64: a KL of 1e-6 is a difference of sums near 1
+    old = (batch.probs.double().log() + log_mass[:, None]).masked_fill(~present, 0)
+    new = new_log_probs.double().masked_fill(~present, 0)
+    inside = (old.exp() * (old - new)).masked_fill(~present, 0).sum(1)
+    rest_old = -torch.expm1(log_mass)
+    rest_new = 1 - new.exp().masked_fill(~present, 0).sum(1)
+    tiny = torch.finfo(torch.float32).eps
+    outside = torch.where(rest_old > tiny, rest_old * (rest_old.clamp(min=tiny) / rest_new.clamp(min=tiny)).log(), 0)
+    return (inside + outside).clamp(min=0)
+
+
 def subset_mean(batch: TokenBatch, values: Tensor, granularity: str) -> Tensor:
     """(N,), the mean of `values` (N,) over each token's subset, handed back to every token of it."""
     if granularity == "token":

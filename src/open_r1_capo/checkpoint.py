@@ -1,0 +1,129 @@
+"""CAPO's part of a checkpoint, and whether a checkpoint is complete.
+
+Beside what the trainer writes, a checkpoint folder holds `capo_state.safetensors` (the optimizer model's moments,
+its settings and the run's counters) and, written last, `complete.json`: the size of every file and, for files up
+to 64 MB, its SHA-256. A folder without it, or that does not match it, was cut off or damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from open_r1_capo.capo import AdamStep, SGDStep
+
+VERSION = 1
+STATE, SEAL = "capo_state.safetensors", "complete.json"
+HASHED_BYTES = 64 * 2**20  # hashing tens of gigabytes at every save would cost more than it protects
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be continued; the message is one sentence for the user."""
+
+
+def save_state(folder: Path, step_model: AdamStep | SGDStep, extra: dict[str, Any]) -> None:
+    """Write the optimizer model's state, atomically.
+
+    Args:
+        folder: an existing checkpoint folder.
+        step_model: its tensors are stored, its other state goes to the header.
+        extra: numbers to keep beside it.
+    """
+    state = step_model.state_dict()
+    tensors = {name: value.cpu().contiguous() for name, value in state.items() if isinstance(value, torch.Tensor)}
+    plain = {name: value for name, value in state.items() if name not in tensors}
+    header = {"version": VERSION, "state": plain, "extra": extra}
+    save_file(tensors, folder / (STATE + ".part"), metadata={"capo": json.dumps(header)})
+    os.replace(folder / (STATE + ".part"), folder / STATE)
+
+
+def load_state(folder: Path, step_model: AdamStep | SGDStep) -> dict[str, Any]:
+    """Read `save_state`'s file into `step_model`.
+
+    Args:
+        folder: a checkpoint folder.
+        step_model: receives the state.
+
+    Returns:
+        The `extra` numbers.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, of another version, or of another model or other settings.
+    """
+    path = folder / STATE
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["capo"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read as CAPO's state ({error})") from None
+    if header["version"] != VERSION:
+        raise CheckpointError(
+            f"{path} has version {header['version']} of CAPO's state, but this program reads {VERSION}"
+        )
+    try:
+        step_model.load_state_dict(header["state"] | tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return header["extra"]
+
+
+def seal(folder: Path) -> None:
+    """Declare a checkpoint folder complete by listing its files; written last and atomically."""
+    listing = {
+        str(path.relative_to(folder)): _fingerprint(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != SEAL
+    }
+    (folder / (SEAL + ".part")).write_text(json.dumps({"version": VERSION, "files": listing}, indent=1))
+    os.replace(folder / (SEAL + ".part"), folder / SEAL)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, in a few words; None if it is complete."""
+    try:
+        listing = json.loads((folder / SEAL).read_text())["files"]
+    except FileNotFoundError:
+        return "it was cut off while being written"
+    except (OSError, ValueError, KeyError):
+        return f"{SEAL} is unreadable"
+    for name, expected in listing.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _fingerprint(path) != expected:
+            return f"{name} has changed or is cut off"
+    return None
+
+
+def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
+    """Find the checkpoint to resume from.
+
+    Args:
+        folder: holds `checkpoint-<step>` folders, or does not exist.
+
+    Returns:
+        The newest complete checkpoint (None if there is none) and a sentence for each newer one that is not.
+    """
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    skipped = []
+    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        wrong = damage(path)
+        if wrong is None:
+            return path, skipped
+        skipped.append(f"{path} is not usable: {wrong}")
+    return None, skipped
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size > HASHED_BYTES:
+        return {"bytes": size}
+    return {"bytes": size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

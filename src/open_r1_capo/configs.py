@@ -1,0 +1,297 @@
+"""Typed settings: a composed recipe becomes `RunConfig` (ours) and TRL's `GRPOConfig`, every range checked.
+
+A recipe's keys are flat and named as TRL's fields; `capo.*`, `data.*` and `evaluation.*` are ours. Whatever is of
+the wrong type or out of range ends in one `ConfigError`, before anything is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from trl import GRPOConfig
+
+from open_r1_capo.capo import TrustRegion
+from open_r1_capo.capo.last_layer import GRANULARITIES
+
+
+class ConfigError(ValueError):
+    """A recipe or an override that cannot be used; the message is one sentence for the user."""
+
+
+@dataclass
+class CAPOConfig:
+    """What CAPO does; every threshold is in the units of Eq. 10 at the scheduler's current learning rate.
+
+    Attributes:
+        mode: `off` (plain TRL), `observe` (log every shift, weigh every token 1), `mask` (the paper) or `scale`.
+        optimizer_model: `adam` or `sgd` (App. I), the model of the step.
+        top_k: k of the support; the sampled token is always added.
+        max_policy_shift: δ_F; inf is off.
+        max_objective_shift: δ_H^high; inf is off.
+        min_objective_shift: δ_H; null is the symmetric form of App. J.
+        granularity: what is judged: token, sequence, group or batch (within one micro-batch of one rank).
+        denominator: GRPO divides a sequence by its `kept` tokens, or by `all`.
+        moment_average: `per_logit` or `per_token`, see `AdamStep`.
+        absent_rows: `hold` or `decay`, see `AdamStep`.
+        step_policy_shift: δ_step, the KL budget of a whole update; inf is off.
+        step_feedback: calibrate the prediction by the measured KL.
+        measure_kl: share of each micro-batch's sequences on which the update's true KL is measured; 0 is off.
+    """
+
+    mode: str = "mask"
+    optimizer_model: str = "adam"
+    top_k: int = 50
+    max_policy_shift: float = math.inf
+    max_objective_shift: float = math.inf
+    min_objective_shift: float | None = None
+    granularity: str = "token"
+    denominator: str = "kept"
+    moment_average: str = "per_logit"
+    absent_rows: str = "hold"
+    step_policy_shift: float = math.inf
+    step_feedback: bool = True
+    measure_kl: float = 1.0
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "mode": ("off", "observe", "mask", "scale"),
+        "optimizer_model": ("adam", "sgd"),
+        "granularity": GRANULARITIES,
+        "denominator": ("kept", "all"),
+        "moment_average": ("per_logit", "per_token"),
+        "absent_rows": ("hold", "decay"),
+    }
+
+    def __post_init__(self):
+        """Check choices and ranges.
+
+        Raises:
+            ConfigError: naming the key, its value and what it may be.
+        """
+        for name, known in self.CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"capo.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.top_k < 1:
+            raise ConfigError(f"capo.top_k must be at least 1, got {self.top_k}")
+        if not 0 <= self.measure_kl <= 1:
+            raise ConfigError(f"capo.measure_kl is a share between 0 and 1, got {self.measure_kl}")
+        if not self.step_policy_shift > 0:
+            raise ConfigError(f"capo.step_policy_shift must be greater than 0, got {self.step_policy_shift}")
+        if self.plans_steps and self.step_feedback and self.measure_kl == 0:
+            raise ConfigError(
+                "capo.step_feedback needs the measured KL: set capo.measure_kl above 0 (1 is every token)"
+            )
+        try:
+            self.trust_region()
+        except ValueError as error:
+            raise ConfigError(f"capo.{error}") from None
+
+    @property
+    def plans_steps(self) -> bool:
+        """Whether the step's learning rate may be shortened."""
+        return math.isfinite(self.step_policy_shift)
+
+    def trust_region(self) -> TrustRegion:
+        """The bounds of Eq. 11, as configured."""
+        mode = "scale" if self.mode == "scale" else "mask"
+        return TrustRegion(self.max_policy_shift, self.max_objective_shift, self.min_objective_shift, mode)
+
+
+@dataclass
+class DataConfig:
+    """Where the problems come from.
+
+    Attributes:
+        name: `lab`, a named data set of `open_r1_capo.data`, or any hub data set.
+        path: a local JSONL or Parquet file or folder, instead of the hub.
+        config: the hub data set's configuration.
+        split: its split.
+        problem_column: column of the problem text; null finds it.
+        answer_column: column of the gold answer; null finds it.
+        max_prompt_tokens: longer prompts are left out (Table 2: 512); null keeps all.
+        problems: how many problems the lab makes.
+    """
+
+    name: str | None = None
+    path: str | None = None
+    config: str | None = None
+    split: str = "train"
+    problem_column: str | None = None
+    answer_column: str | None = None
+    max_prompt_tokens: int | None = 512
+    problems: int = 2000
+
+
+@dataclass
+class EvaluationConfig:
+    """The held-out accuracy of the lab policy: before training, at every checkpoint, and at the end.
+
+    Attributes:
+        problems: how many held-out problems; 0 is off (other policies are measured by `make eval`).
+        samples: completions a problem.
+    """
+
+    problems: int = 0
+    samples: int = 1
+
+
+@dataclass
+class RunConfig:
+    """Everything that is not TRL's: which run this is and what surrounds the trainer.
+
+    Attributes:
+        recipe: the recipe's name.
+        method: the group's name.
+        regime: the group's name.
+        scale: the group's name.
+        model_name_or_path: a local folder or hub id; `lab` trains the lab's base policy first.
+        completions_per_step: completions of one optimizer step over all ranks; sets TRL's gradient accumulation.
+        advantage_baseline: `group` subtracts the group's mean reward, `none` is REINFORCE on the reward itself.
+        reward_funcs: names of `open_r1_capo.rewards`.
+        system_prompt: null is the default of `open_r1_capo.data`; an empty string sends none.
+        num_threads: CPU threads of torch; null leaves torch's choice.
+        needs_gpu: refuse to start without a CUDA device.
+        output_root: the run's folder is <output_root>/<recipe>/<scale>/seed<seed>.
+        overwrite: throw an older run of the same folder away.
+        capo: see `CAPOConfig`.
+        data: see `DataConfig`.
+        evaluation: see `EvaluationConfig`.
+    """
+
+    recipe: str
+    method: str
+    regime: str
+    scale: str
+    model_name_or_path: str
+    completions_per_step: int
+    advantage_baseline: str = "group"
+    reward_funcs: list[str] = field(default_factory=lambda: ["accuracy"])
+    system_prompt: str | None = None
+    num_threads: int | None = None
+    needs_gpu: bool = False
+    output_root: str = "outputs"
+    overwrite: bool = False
+    capo: CAPOConfig = field(default_factory=CAPOConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self):
+        """Check choices and ranges.
+
+        Raises:
+            ConfigError: naming the key, its value and what it may be.
+        """
+        if self.advantage_baseline not in ("group", "none"):
+            raise ConfigError(f"advantage_baseline must be 'group' or 'none', got {self.advantage_baseline!r}")
+        if self.completions_per_step < 1:
+            raise ConfigError(f"completions_per_step must be at least 1, got {self.completions_per_step}")
+        if not self.reward_funcs:
+            raise ConfigError("reward_funcs is empty: name at least one reward, for example reward_funcs=[accuracy]")
+
+    def folder(self, seed: int) -> Path:
+        """The run's own folder."""
+        return Path(self.output_root) / self.recipe / self.scale / f"seed{seed}"
+
+
+NESTED: dict[str, type] = {"capo": CAPOConfig, "data": DataConfig, "evaluation": EvaluationConfig}
+KEPT_LOSSES = ("grpo", "dr_grpo", "bnpo")  # whose token count is known within the micro-batch
+TRL_FIELDS = {f.name: f for f in dataclasses.fields(GRPOConfig)}
+OURS = {f.name for f in dataclasses.fields(RunConfig)} - set(NESTED)
+
+
+def build(settings: dict[str, Any]) -> tuple[RunConfig, GRPOConfig]:
+    """Typed settings of a composed recipe.
+
+    Args:
+        settings: from `compose_recipe`.
+
+    Returns:
+        Our settings and TRL's, with the batch arithmetic done for the processes of this launch.
+
+    Raises:
+        ConfigError: a value of the wrong type or out of range.
+    """
+    ours = {key: value for key, value in settings.items() if key in OURS}
+    nested = {key: kind(**_typed(kind, key, settings.get(key) or {})) for key, kind in NESTED.items()}
+    missing = [key for key in ("model_name_or_path", "completions_per_step") if settings.get(key) is None]
+    if missing:
+        raise ConfigError(f"{missing[0]} is not set")
+    run = RunConfig(**_typed(RunConfig, "", ours), **nested)
+    trl = _typed(GRPOConfig, "", {key: value for key, value in settings.items() if key in TRL_FIELDS})
+    folder = run.folder(trl.get("seed", 42))
+    trl |= _micro_batches(run, trl) | {"output_dir": str(folder / "checkpoints")}
+    _check_batch(run, trl)
+    try:
+        args = GRPOConfig(**trl)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"TRL refuses these settings: {' '.join(str(error).split())}") from None
+    return run, args
+
+
+def world_size() -> int:
+    """Processes of this launch (torchrun and accelerate set WORLD_SIZE)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _typed(kind: type, prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Convert numbers to their field's type and refuse what is of another kind."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{prefix} is a group of settings, not a value: write {prefix}.<key>={values}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    typed = {}
+    for key, value in values.items():
+        name, default = f"{prefix}.{key}" if prefix else key, fields[key].default
+        if isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name} must be true or false, got {value!r}")
+        elif isinstance(default, int | float):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"{name} must be a number, got {'null' if value is None else repr(value)}")
+            if isinstance(default, float):
+                value = float(value)
+            elif isinstance(value, float) and "float" not in str(fields[key].type):
+                raise ConfigError(f"{name} must be a whole number, got {value}")
+        typed[key] = value
+    return typed
+
+
+def _micro_batches(run: RunConfig, trl: dict[str, Any]) -> dict[str, int]:
+    """Split `completions_per_step` over processes, and either into given micro-batches or a given number of them."""
+    given = "gradient_accumulation_steps" if "gradient_accumulation_steps" in trl else "per_device_train_batch_size"
+    other = {"gradient_accumulation_steps": "per_device_train_batch_size"}.get(given, "gradient_accumulation_steps")
+    value = trl.get(given, run.completions_per_step // world_size())
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{given} must be a whole number above 0, got {value!r}")
+    if run.completions_per_step % (value * world_size()):
+        raise ConfigError(
+            f"completions_per_step ({run.completions_per_step}) must be a multiple of {given} × processes "
+            f"({value} × {world_size()})"
+        )
+    return {given: value, other: run.completions_per_step // (value * world_size())}
+
+
+def _check_batch(run: RunConfig, trl: dict[str, Any]) -> None:
+    generations = trl.get("num_generations", 8)
+    if run.completions_per_step % generations:
+        raise ConfigError(
+            f"completions_per_step ({run.completions_per_step}) must be a multiple of num_generations ({generations})"
+        )
+    if not trl.get("learning_rate", 1.0) > 0:
+        raise ConfigError(f"learning_rate must be greater than 0, got {trl['learning_rate']}")
+    whole = trl["gradient_accumulation_steps"] == 1 and world_size() == 1
+    if run.capo.mode != "off" and run.capo.granularity in ("group", "batch") and not whole:
+        raise ConfigError(
+            f"capo.granularity={run.capo.granularity} judges completions together that one forward pass must hold: "
+            f"run one process with per_device_train_batch_size={run.completions_per_step}"
+        )
+    loss = trl.get("loss_type", "dapo")
+    weighs = run.capo.mode in ("mask", "scale")
+    if weighs and run.capo.denominator == "kept" and loss not in KEPT_LOSSES:
+        raise ConfigError(
+            f"capo.denominator=kept is defined for the losses {', '.join(KEPT_LOSSES)}, not for {loss}: "
+            "use capo.denominator=all"
+        )

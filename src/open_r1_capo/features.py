@@ -1,0 +1,179 @@
+"""What CAPO reads of a causal language model: its hidden states and its policy on a small support.
+
+The only file that knows a model's inside. The LM head is fused into TRL's loss and never called as a module, so
+the hidden states are taken from the backbone's output, at the positions whose logits predict the completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from open_r1_capo.capo.curvature import VocabularySums
+
+LOGITS_BYTES = 256 * 2**20  # bound of one chunk's float32 logits
+SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+
+
+@dataclass(frozen=True)
+class Support:
+    """The policy of N tokens on its K most likely ids and the sampled one.
+
+    Attributes:
+        token_ids: (N, K) int64; a slot without an id repeats the action and has probability 0.
+        probs: (N, K) float32, renormalised over the support; 0 on empty slots.
+        action_index: (N,) int64, column of the sampled token.
+        log_mass: (N,) float32, log of the full policy's probability of the support (0 if it is the vocabulary).
+        sums: over the full vocabulary, for the SGD model's closed form; None unless asked for.
+    """
+
+    token_ids: Tensor
+    probs: Tensor
+    action_index: Tensor
+    log_mass: Tensor
+    sums: VocabularySums | None = None
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Refuse models whose logits are not W h (+ b).
+
+    Args:
+        model: the policy.
+
+    Raises:
+        ValueError: the logits are capped or multiplied, so the last-layer model would be another function.
+    """
+    config = model.config.get_text_config()
+    for name in SCALED_HEADS:
+        if getattr(config, name, None) not in (None, 1.0):
+            raise ValueError(
+                f"{type(model).__name__} changes its logits after the LM head ({name}={getattr(config, name)}), but "
+                "CAPO's last-layer model needs plain logits W h; train it with capo.mode=off"
+            )
+
+
+@contextmanager
+def captured_hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collect what the LM head reads: each forward's last hidden state (B, L, D), detached.
+
+    Args:
+        model: the policy without wrappers; its backbone is `base_model`.
+
+    Yields:
+        The list that fills while the block runs, one tensor a forward pass.
+    """
+    captured: list[Tensor] = []
+
+    def keep(module, args, output):
+        captured.append(output.last_hidden_state.detach())
+
+    handle = model.base_model.register_forward_hook(keep)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def completion_hidden_states(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, mask: Tensor
+) -> Tensor:
+    """One more forward of the backbone: the hidden states that predict the completion tokens in `mask`.
+
+    Args:
+        model: the policy without wrappers.
+        input_ids: (B, L) int64, prompt and completion.
+        attention_mask: (B, L).
+        mask: (B, T) bool over the last T positions.
+
+    Returns:
+        (N, D) with N = mask.sum().
+    """
+    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return predicting(hidden, mask)
+
+
+def predicting(hidden: Tensor, mask: Tensor) -> Tensor:
+    """(N, D), of hidden states (B, L, D) those at the positions that predict the last T tokens in `mask` (B, T)."""
+    return hidden[:, -mask.shape[1] - 1 : -1][mask]
+
+
+@torch.no_grad()
+def policy_support(
+    model: PreTrainedModel, hidden: Tensor, actions: Tensor, temperature: float, top_k: int, with_sums: bool = False
+) -> Support:
+    """The policy on its top k and the sampled token, without ever holding all N×V logits.
+
+    Args:
+        model: the policy, for its LM head; a ZeRO-3 shard is gathered for the duration.
+        hidden: (N, D), from `predicting`.
+        actions: (N,) int64, the sampled tokens.
+        temperature: τ, which divides the logits.
+        top_k: k; K is k + 1, or V if k covers the vocabulary.
+        with_sums: also sum π² and π³ over the full vocabulary.
+
+    Returns:
+        The support of each token.
+    """
+    parts = [
+        _chunk_support(logits, actions[part], top_k, with_sums)
+        for part, logits in _logit_chunks(model, hidden, temperature)
+    ]
+    if not parts:  # no completion token at all
+        return _chunk_support(
+            hidden.new_zeros(0, model.config.get_text_config().vocab_size), actions, top_k, with_sums
+        )
+    sums = (
+        VocabularySums(*(torch.cat(x) for x in zip(*(vars(p.sums).values() for p in parts), strict=True)))
+        if with_sums
+        else None
+    )
+    ids, probs, index, mass = (
+        torch.cat([getattr(p, name) for p in parts]) for name in ("token_ids", "probs", "action_index", "log_mass")
+    )
+    return Support(ids, probs, index, mass, sums)
+
+
+@torch.no_grad()
+def support_log_probs(model: PreTrainedModel, hidden: Tensor, token_ids: Tensor, temperature: float) -> Tensor:
+    """(N, K) float32, the full policy's log-probabilities at `token_ids` (N, K), from hidden states (N, D)."""
+    out = torch.empty(token_ids.shape, dtype=torch.float32, device=hidden.device)
+    for part, logits in _logit_chunks(model, hidden, temperature):
+        out[part] = logits.gather(1, token_ids[part]) - logits.logsumexp(1, keepdim=True)
+    return out
+
+
+def _logit_chunks(model: PreTrainedModel, hidden: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
+    head = model.get_output_embeddings()
+    with maybe_gather_lm_head_ctx(head.weight, head.bias):
+        size = max(1, LOGITS_BYTES // (4 * head.weight.shape[0]))
+        for start in range(0, len(hidden), size):
+            part = slice(start, min(start + size, len(hidden)))
+            logits = torch.nn.functional.linear(hidden[part].to(head.weight.dtype), head.weight, head.bias)
+            yield part, logits.float() / temperature
+
+
+def _chunk_support(logits: Tensor, actions: Tensor, top_k: int, with_sums: bool) -> Support:
+    normaliser = logits.logsumexp(1)
+    sums = None
+    if with_sums:
+        probs = (logits - normaliser[:, None]).exp()
+        action_prob = probs.gather(1, actions[:, None])[:, 0]
+        sums = VocabularySums(action_prob, probs.square().sum(1), probs.pow(3).sum(1))
+    if top_k >= logits.shape[1]:
+        ids = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+        return Support(ids, logits.softmax(1), actions, torch.zeros_like(normaliser), sums)
+    values, ids = logits.topk(top_k, dim=1)
+    hit = ids == actions[:, None]
+    inside = hit.any(1)
+    # the last slot holds an action outside the top k; otherwise it is empty
+    extra = logits.gather(1, actions[:, None]).masked_fill(inside[:, None], -torch.inf)
+    values, ids = torch.cat([values, extra], 1), torch.cat([ids, actions[:, None]], 1)
+    action_index = torch.where(inside, hit.int().argmax(1), top_k)
+    return Support(ids, values.softmax(1), action_index, values.logsumexp(1) - normaliser, sums)

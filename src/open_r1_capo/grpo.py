@@ -1,0 +1,272 @@
+r"""Train a policy with GRPO, Dr.GRPO, REINFORCE or their curvature-aware forms, from a recipe.
+
+    python -m open_r1_capo.grpo --config-name capo_aggressive seed=0 learning_rate=1e-4
+    accelerate launch --config_file recipes/accelerate_configs/zero2.yaml src/open_r1_capo/grpo.py \
+        --config-name capo_aggressive scale=qwen2.5-math-7b
+
+Exit codes: 0 done; 2 the input cannot be used (one sentence says why, nothing was overwritten); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
+from transformers.utils import logging as transformers_logging
+from trl import GRPOConfig
+
+from open_r1_capo.callbacks import RunCallback
+from open_r1_capo.checkpoint import CheckpointError, newest_complete
+from open_r1_capo.configs import ConfigError, RunConfig, build
+from open_r1_capo.data import SYSTEM_PROMPT, DataError, load_problems, to_prompts
+from open_r1_capo.lab.policy import LabError, base_policy, held_out_accuracy
+from open_r1_capo.lab.task import problems as lab_problems
+from open_r1_capo.recipes import compose_recipe, known_recipes
+from open_r1_capo.report import summarise, summary_lines, write_report
+from open_r1_capo.rewards import get_reward_funcs
+from open_r1_capo.run_folder import RunFolder, RunFolderError, write_atomically
+from open_r1_capo.trainer import CAPOTrainer
+
+USER_ERRORS = (ConfigError, DataError, RunFolderError, CheckpointError, LabError)
+Accuracy = Callable[[], dict[str, float]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, train, and turn bad input into one sentence.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(prog="python -m open_r1_capo.grpo", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--config-name", default="capo_aggressive", help=f"one of {', '.join(known_recipes())}")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a field of TRL's GRPOConfig or of ours")
+    options = parser.parse_args(argv)
+    quiet()
+    try:
+        train(compose_recipe(options.config_name, options.overrides))
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(settings: dict[str, Any]) -> None:
+    """Run a composed recipe to its end, from wherever an earlier call stopped.
+
+    Args:
+        settings: from `compose_recipe`.
+    """
+    # --- the recipe --------------------------------------------------------------------------------------------------
+    config, args = build(settings)
+    check_machine(config)
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    folder = RunFolder(config.folder(args.seed))
+    folder.check(settings, config.overwrite)
+    if folder.finished() and not config.overwrite:
+        print("\n".join(["this run has ended (OVERWRITE=1 runs it again)", *summary_lines(folder)]))
+        return
+
+    # --- the policy and its data -------------------------------------------------------------------------------------
+    model = str(base_policy()) if config.model_name_or_path == "lab" else config.model_name_or_path
+    tokenizer = load_tokenizer(model)
+    dataset = load_dataset(config, tokenizer, args.seed)
+
+    # --- the folder --------------------------------------------------------------------------------------------------
+    with args.main_process_first(local=False):
+        main_process = args.process_index == 0
+        opened = folder.open(settings, config.overwrite) if main_process else newest_complete(folder.checkpoints)
+    resume, notes = opened
+    for note in notes if main_process else []:
+        print(f"{note}; going on from {resume or 'the beginning'}", file=sys.stderr)
+
+    # --- training ----------------------------------------------------------------------------------------------------
+    trainer = make_trainer(config, args, model, tokenizer, dataset)
+    accuracy = held_out(config, trainer, tokenizer) if config.evaluation.problems else None
+    trainer.add_callback(RunCallback(trainer, folder, accuracy))
+    before = accuracy() if accuracy else None
+    start = time.time()
+    if resume:
+        print(f"going on from {resume}", file=sys.stderr)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if not main_process:
+        return
+
+    # --- the result --------------------------------------------------------------------------------------------------
+    summary = summarise(settings, folder.read_metrics(), before, accuracy() if accuracy else None, time.time() - start)
+    write_report(folder, settings, summary)
+    write_atomically(folder.summary, json.dumps(summary, indent=2) + "\n")
+    print("\n".join(summary_lines(folder)))
+
+
+def check_machine(config: RunConfig) -> None:
+    """Refuse a scale that this machine cannot run.
+
+    Args:
+        config: our settings.
+
+    Raises:
+        ConfigError: the scale needs a GPU and there is none.
+    """
+    if config.needs_gpu and not torch.cuda.is_available():
+        raise ConfigError(
+            f"the scale {config.scale} needs a GPU and this machine has none; here, "
+            f"`make train RECIPE={config.recipe} SCALE=lab` runs"
+        )
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Load the policy's tokenizer, the first thing that fails when a model cannot be reached.
+
+    Args:
+        model: local folder or hub id.
+
+    Returns:
+        The tokenizer, padding on the left.
+
+    Raises:
+        ConfigError: the model cannot be reached, or has no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the model {model} cannot be loaded ({str(error).splitlines()[0]}); put a copy of it on this machine and "
+            "set model_name_or_path=<folder>"
+        ) from None
+    if tokenizer.chat_template is None:
+        raise ConfigError(f"the tokenizer of {model} has no chat template, which the prompts need")
+    return tokenizer
+
+
+def load_dataset(config: RunConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
+    """Load the problems and build their prompts.
+
+    Args:
+        config: our settings.
+        tokenizer: measures the prompts.
+        seed: of the lab's problems.
+
+    Returns:
+        Rows with `prompt` and `solution`, without the prompts that are too long.
+
+    Raises:
+        ConfigError: no prompt is short enough.
+    """
+    data = config.data
+    if data.name == "lab" and not data.path:
+        problems = Dataset.from_list(lab_problems("train", data.problems, seed=seed))
+    else:
+        columns = {"problem_column": data.problem_column, "answer_column": data.answer_column}
+        problems = load_problems(data.name, data.path, config=data.config, split=data.split, **columns)
+    rows = to_prompts(problems, SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt)
+    if data.max_prompt_tokens is None:
+        return rows
+
+    def short(row: dict[str, Any]) -> bool:
+        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+        return len(ids) <= data.max_prompt_tokens
+
+    kept = rows.filter(short, load_from_cache_file=False)
+    if len(kept) == 0:
+        raise ConfigError(f"no prompt has at most data.max_prompt_tokens={data.max_prompt_tokens} tokens")
+    if len(kept) < len(rows):
+        print(
+            f"{len(rows) - len(kept)} of {len(rows)} prompts are longer than {data.max_prompt_tokens} tokens: left out"
+        )
+    return kept
+
+
+def make_trainer(
+    config: RunConfig, args: GRPOConfig, model: str, tokenizer: PreTrainedTokenizerBase, dataset: Dataset
+) -> CAPOTrainer:
+    """Build the trainer.
+
+    Args:
+        config: our settings.
+        args: TRL's.
+        model: local folder or hub id.
+        tokenizer: of the policy.
+        dataset: rows with `prompt` and `solution`.
+
+    Returns:
+        The trainer, silent but for its callbacks.
+
+    Raises:
+        ConfigError: the model's weights cannot be loaded, or CAPO cannot model its LM head, or a reward is unknown.
+    """
+    try:
+        trainer = CAPOTrainer(
+            model=model,
+            reward_funcs=get_reward_funcs(config.reward_funcs),
+            args=args,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            capo=config.capo,
+            advantage_baseline=config.advantage_baseline,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the trainer cannot be built: {' '.join(str(error).split())}") from None
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def held_out(config: RunConfig, trainer: CAPOTrainer, tokenizer: PreTrainedTokenizerBase) -> Accuracy:
+    """Return a function that measures the trainer's policy on held-out lab problems."""
+    problems = lab_problems("test", config.evaluation.problems)
+    (reward,) = get_reward_funcs(["accuracy"])
+
+    def accuracy() -> dict[str, float]:
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        return held_out_accuracy(
+            policy, tokenizer, problems, reward, samples=config.evaluation.samples, temperature=trainer.temperature
+        )
+
+    return accuracy
+
+
+def explain(error: Exception) -> str | None:
+    """Put an error that the user can mend into one sentence; None if it is ours to mend."""
+    if isinstance(error, USER_ERRORS):
+        return str(error)
+    text = str(error)
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
+    if full or "PytorchStreamWriter failed" in text:
+        return "the disk is full: make room, then the same command goes on from the last complete checkpoint"
+    return None
+
+
+def quiet() -> None:
+    """Keep the libraries' chatter out of the result; warnings that matter are ours to say."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="(torch|transformers|trl|accelerate)")
+    disable_progress_bars()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Hydra composes a recipe; every key is checked before anything is built or written."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from open_r1_capo.configs import NESTED, OURS, TRL_FIELDS, ConfigError
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+GROUPS = ("method", "regime", "scale")
+
+
+def known_recipes() -> list[str]:
+    """The names of `recipes/*.yaml`, without the base."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "base")
+
+
+def compose_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
+    """Compose a recipe with command-line overrides into plain settings.
+
+    Args:
+        name: a recipe of `known_recipes`.
+        overrides: `key=value`, also of TRL fields that the recipe does not mention, and `group=option`.
+
+    Returns:
+        The resolved settings.
+
+    Raises:
+        ConfigError: an unknown recipe, group option or key (with the nearest valid one).
+    """
+    if name not in known_recipes():
+        raise ConfigError(f"there is no recipe {name!r}; the recipes are {', '.join(known_recipes())}")
+    checked = [_checked_override(item) for item in overrides]
+    try:
+        with initialize_config_dir(config_dir=str(RECIPES), version_base="1.3"):
+            settings = OmegaConf.to_container(compose(name, [*checked, f"++recipe={name}"]), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"the recipe {name} cannot be composed: {' '.join(str(error).split())}") from None
+    for key in ("regimes", "thresholds"):  # the scale's tables, read by the groups through interpolation
+        settings.pop(key, None)
+    _check_keys(settings)
+    _check_used(settings, overrides)
+    return settings
+
+
+def _checked_override(item: str) -> str:
+    key, separator, value = item.partition("=")
+    if not separator:
+        raise ConfigError(f"an override is written key=value, got {item!r}")
+    key = key.lstrip("+")
+    if key in GROUPS:
+        known = sorted(path.stem for path in (RECIPES / key).glob("*.yaml"))
+        if value not in known:
+            raise ConfigError(f"there is no {key} {value!r}; there are {', '.join(known)}")
+        return item.lstrip("+")
+    _check_keys(_nest(key))
+    return "++" + item.lstrip("+")
+
+
+def _nest(key: str) -> dict[str, Any]:
+    head, _, tail = key.partition(".")
+    return {head: {tail: None}} if tail else {head: None}
+
+
+def _check_keys(settings: dict[str, Any]) -> None:
+    valid = OURS | set(TRL_FIELDS) | set(NESTED) | set(GROUPS)
+    nested = {f"{key}.{f.name}" for key, kind in NESTED.items() for f in dataclasses.fields(kind)}
+    for key, value in settings.items():
+        names = [f"{key}.{name}" for name in value] if key in NESTED and isinstance(value, dict) else [key]
+        for name in names:
+            if name not in valid | nested:
+                near = difflib.get_close_matches(name, sorted(valid | nested), n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]}?" if near else "; it is neither a field of TRL's GRPOConfig nor ours"
+                raise ConfigError(f"there is no setting {name!r}{hint}")
+            if name == "output_dir":
+                raise ConfigError("output_dir follows from the recipe's name and seed: set output_root instead")
+
+
+def _check_used(settings: dict[str, Any], overrides: list[str]) -> None:
+    """Refuse an override that nothing reads under the other settings."""
+    capo = settings.get("capo") or {}
+    for item in overrides:
+        key = item.partition("=")[0].lstrip("+")
+        reason = None
+        if key.startswith("capo.") and key != "capo.mode" and capo.get("mode") == "off":
+            reason = "capo.mode=off"
+        elif key in ("capo.max_policy_shift", "capo.max_objective_shift", "capo.min_objective_shift"):
+            reason = "capo.mode=observe" if capo.get("mode") == "observe" else None
+        elif key in ("capo.moment_average", "capo.absent_rows") and capo.get("optimizer_model") == "sgd":
+            reason = "capo.optimizer_model=sgd"
+        elif key == "capo.step_feedback" and not math.isfinite(capo.get("step_policy_shift", math.inf)):
+            reason = "capo.step_policy_shift=inf"
+        elif key.startswith("vllm_") and not settings.get("use_vllm"):
+            reason = "use_vllm=false"
+        elif key == "data.problems" and (settings.get("data") or {}).get("name") != "lab":
+            reason = "a data set other than the lab's"
+        if reason:
+            raise ConfigError(f"{key} has no effect with {reason}; change that, or leave {key} out")

@@ -1,0 +1,385 @@
+"""CAPOTrainer: TRL's `GRPOTrainer` with a weight on every token's gradient.
+
+The seam: TRL's loss calls `_get_per_token_logps_and_entropies` once. While it runs, the backbone's output is kept;
+from it come the support, the proposed steps, the shifts and the token weights (all in `capo/`). The weights are
+then applied where every loss must pass, on the gradient of the per-token log-probabilities:
+
+    ∂loss/∂logp_i  ←  w_i · (n / Σw) · ∂loss/∂logp_i        (denominator "kept"; without the ratio for "all")
+
+So one forward pass serves both, TRL's loss is neither copied nor told, and whatever it computes (a clipped ratio,
+a KL penalty, a sequence-level ratio) is weighted alike. With every weight 1 the gradients are TRL's, bit for bit.
+
+Once per optimizer step, before its last backward pass, the accepted tokens of all micro-batches and ranks are
+committed to the optimizer model, which then knows the step and may shorten it (`capo/planning.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+from open_r1_capo import checkpoint
+from open_r1_capo.capo import AdamStep, SGDStep, TokenBatch, TokenSelection, objective_shift, policy_shift
+from open_r1_capo.capo.curvature import predicted_kl, sgd_shifts, support_kl
+from open_r1_capo.capo.last_layer import RowGradient, merge
+from open_r1_capo.capo.planning import StepBudget
+from open_r1_capo.capo.selection import accept_all
+from open_r1_capo.configs import CAPOConfig
+from open_r1_capo.features import (
+    captured_hidden_states,
+    check_head,
+    completion_hidden_states,
+    policy_support,
+    predicting,
+    support_log_probs,
+)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One micro-batch of the running update: its tokens as the loss pass saw them, and where they came from."""
+
+    tokens: TokenBatch
+    selection: TokenSelection
+    log_mass: Tensor  # (N,)
+    input_ids: Tensor  # (B, L)
+    attention_mask: Tensor  # (B, L)
+    mask: Tensor  # (B, T) bool, the completion tokens that take part
+
+
+class CAPOTrainer(GRPOTrainer):
+    """TRL's GRPO trainer with curvature-aware token weights.
+
+    Args:
+        *args: as `GRPOTrainer`.
+        capo: what CAPO does.
+        advantage_baseline: `group` (GRPO, Dr.GRPO) or `none`: REINFORCE's advantage is the reward itself.
+        **kwargs: as `GRPOTrainer`.
+
+    Raises:
+        ValueError: the model's logits are not a plain linear layer of its hidden states.
+    """
+
+    def __init__(self, *args: Any, capo: CAPOConfig, advantage_baseline: str = "group", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.capo, self.advantage_baseline = capo, advantage_baseline
+        self.counters = {"completions": 0, "accepted_tokens": 0}
+        self.budget = StepBudget(capo.step_policy_shift, capo.step_feedback)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._micro_batch: dict[str, Any] | None = None
+        self._parts: list[_Part] = []
+        self._planned_kl = 0.0  # m_F of the coming update at the rate it will be taken with
+        self._scheduled_lrs: list[float] = []
+        self.add_callback(_UpdateCallback(self))
+        policy = self._policy
+        if capo.mode != "off":
+            check_head(policy)
+        config = policy.config.get_text_config()
+        self.step_model = (
+            SGDStep()
+            if capo.optimizer_model == "sgd"
+            else AdamStep(
+                config.vocab_size,
+                config.hidden_size,
+                self.args.adam_beta1,
+                self.args.adam_beta2,
+                self.args.adam_epsilon,
+                capo.moment_average,
+                capo.absent_rows,
+            )
+        )
+
+    @property
+    def _policy(self) -> Any:
+        """The model without the wrappers of accelerate, DeepSpeed and PEFT."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "peft_config") else model
+
+    # --- the seam ----------------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model, inputs):
+        if self.capo.mode == "off" or not self.model.training:
+            return super()._compute_loss(model, inputs)
+        self._micro_batch = inputs
+        try:
+            loss = super()._compute_loss(model, inputs)
+        finally:
+            self._micro_batch = None
+        if self.accelerator.sync_gradients:
+            self._commit()
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        call = (model, input_ids, attention_mask, logits_to_keep, *args)
+        if self._micro_batch is None:  # the old or the reference policy's, or an evaluation
+            return super()._get_per_token_logps_and_entropies(*call, **kwargs)
+        with captured_hidden_states(self._policy) as captured:
+            logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*call, **kwargs)
+        with self._clock("curvature"), torch.no_grad():
+            part = self._judge(torch.cat(captured), input_ids, attention_mask)
+            self._parts.append(part)
+            scale = self._gradient_scale(part)
+        if self.capo.mode != "observe":
+            # a weight of 0 stops even a gradient that is not finite
+            logps.register_hook(lambda gradient: torch.where(scale > 0, gradient * scale, 0).to(gradient.dtype))
+        return logps, entropies, aux_loss
+
+    def _judge(self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> _Part:
+        """Propose, measure and select the tokens of one micro-batch, and hand the accepted ones to the step model."""
+        inputs = self._micro_batch
+        mask = inputs["completion_mask"].bool()
+        if "tool_mask" in inputs:
+            mask = mask & inputs["tool_mask"].bool()
+        h, actions = predicting(hidden, mask), inputs["completion_ids"][mask]
+        closed_form = self.capo.optimizer_model == "sgd" and self.capo.granularity == "token"
+        support = policy_support(self._policy, h, actions, self.temperature, self.capo.top_k, closed_form)
+        advantages = inputs["advantages"]
+        advantages = advantages[:, None].expand(mask.shape) if advantages.dim() == 1 else advantages
+        tokens = TokenBatch(
+            features=h / self.temperature,
+            token_ids=support.token_ids,
+            probs=support.probs,
+            action_index=support.action_index,
+            advantages=advantages[mask],
+            groups=self._groups(inputs, mask),
+        )
+        lr = self._scheduled_lr()
+        if closed_form:
+            shifts = sgd_shifts(tokens, support.sums, lr)
+        else:
+            z = self.step_model.propose(tokens, self.capo.granularity)
+            shifts = tuple(shift(tokens, z, lr, self.capo.granularity) for shift in (policy_shift, objective_shift))
+        select = accept_all if self.capo.mode == "observe" else self.capo.trust_region().select
+        selection = select(*shifts)
+        self.step_model.accumulate(tokens, selection.weight.masked_fill(selection.non_finite, 0))
+        return _Part(tokens, selection, support.log_mass, input_ids, attention_mask, mask)
+
+    def _groups(self, inputs: dict[str, Any], mask: Tensor) -> Tensor | None:
+        """(N,) int64, each token's sequence or prompt within the micro-batch, if the granularity asks for it."""
+        rows = torch.arange(len(mask), device=mask.device)
+        if self.capo.granularity == "group":  # TRL shuffles a batch's sequences; equal prompts make a group
+            rows = torch.unique(inputs["prompt_ids"], dim=0, return_inverse=True)[1]
+        elif self.capo.granularity != "sequence":
+            return None
+        return rows[:, None].expand(mask.shape)[mask]
+
+    def _gradient_scale(self, part: _Part) -> Tensor:
+        """(B, T), what multiplies each log-probability's gradient: the weight, and n/Σw for denominator `kept`."""
+        weight = part.selection.weight
+        scale = torch.ones(part.mask.shape, dtype=weight.dtype, device=weight.device).masked_scatter(part.mask, weight)
+        if self.capo.denominator == "kept" and self.loss_type != "dr_grpo":  # Dr.GRPO counts no tokens
+            axis = (0, 1) if self.loss_type == "bnpo" else 1
+            kept = (scale * part.mask).sum(axis, keepdim=True)
+            scale = scale * torch.where(kept > 0, part.mask.sum(axis, keepdim=True) / kept, 0)
+        return scale
+
+    # --- the update --------------------------------------------------------------------------------------------------
+
+    def _commit(self) -> None:
+        """Commit the update's accepted tokens, predict its shifts, and shorten its learning rate if it must be."""
+        with self._clock("curvature"), torch.no_grad():
+            self.step_model.commit(reduce=self._sum_rows)
+            lr, totals = self._scheduled_lr(), torch.zeros(3, dtype=torch.float64)
+            for part in self._parts:
+                z = self.step_model.planned(part.tokens)
+                kl, objective = predicted_kl(part.tokens, z, lr), objective_shift(part.tokens, z, lr)
+                finite = kl.isfinite() & objective.isfinite()
+                totals += torch.stack([kl[finite].sum(), objective[finite].sum(), finite.sum()]).double().cpu()
+            kl, objective, count = self._sum_ranks(totals).tolist()
+            kl, objective = kl / max(1, count), objective / max(1, count)
+            scale = self.budget.scale(kl)
+            self._planned_kl = kl * scale**2
+            self._scheduled_lrs = [group["lr"] for group in self.optimizer.param_groups]
+            if scale != 1.0:
+                for group in self.optimizer.param_groups:
+                    group["lr"] *= scale
+            self._record_selection()
+        self.record({"capo/batch_policy_shift": kl, "capo/batch_objective_shift": objective})
+        self.record({"capo/step_scale": scale, "capo/step_calibration": self.budget.calibration})
+
+    def _record_selection(self) -> None:
+        """Log the update's selection over all ranks, and count its accepted tokens."""
+        selection = TokenSelection.cat([part.selection for part in self._parts])
+        moving = torch.cat([part.tokens.advantages != 0 for part in self._parts])
+        columns = torch.stack([column.float() for column in (*vars(selection).values(), moving)])
+        padded = self.accelerator.pad_across_processes(columns, dim=1, pad_index=-1.0)
+        everyone = self.accelerator.gather(padded.T.contiguous()).T
+        everyone = everyone[:, everyone[0] >= 0]  # weights are never negative: -1 is padding
+        weight, policy, objective, *flags, moving = everyone
+        whole = TokenSelection(weight, policy, objective, *(flag.bool() for flag in flags))
+        self.counters["accepted_tokens"] += int((weight > 0).sum())
+        self.record({f"capo/{name}": value for name, value in whole.metrics(moving.bool()).items()})
+
+    def _sum_rows(self, mine: RowGradient) -> RowGradient:
+        """Sum the gradient rows over the ranks: the union of the ids first, then one all-reduce of its rows."""
+        if self.accelerator.num_processes == 1:
+            return mine
+        ids = self.accelerator.pad_across_processes(mine.token_ids, dim=0, pad_index=-1)
+        union = torch.unique(self.accelerator.gather(ids))
+        union = union[union >= 0]
+        empty = RowGradient(
+            union,
+            mine.total.new_zeros(len(union), mine.total.shape[1]),
+            mine.count.new_zeros(len(union)),
+            torch.zeros_like(mine.tokens),
+        )
+        aligned = merge([empty, mine])
+        reduced = [self.accelerator.reduce(x, "sum") for x in (aligned.total, aligned.count, aligned.tokens)]
+        return RowGradient(union, *reduced)
+
+    def before_step(self) -> None:
+        """Throw a gradient that is not finite away, so that the parameters stay as they are (plain TRL would not)."""
+        if self.capo.mode == "off":
+            return
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        finite = bool(torch.stack([g.detach().sum().isfinite() for g in gradients]).all()) if gradients else True
+        if not finite:
+            for parameter in self.model.parameters():
+                parameter.grad = None
+        self.record({"capo/skipped_step": float(not finite)})
+
+    def after_step(self) -> None:
+        """Restore the schedule's learning rate, and measure how far the policy really moved."""
+        if self.capo.mode == "off":
+            return
+        for group, lr in zip(self.optimizer.param_groups, self._scheduled_lrs, strict=True):
+            group["lr"] = lr
+        if self.capo.measure_kl > 0:
+            with self._clock("curvature"):
+                measured = self._measured_kl()
+            self.record({"capo/measured_kl": measured})
+            if self.budget.feedback and self.capo.plans_steps:
+                self.budget.calibrate(measured, self._planned_kl)
+        self._parts.clear()
+
+    def _measured_kl(self) -> float:
+        """Measure the update on its own tokens, or on a share of each micro-batch's sequences.
+
+        TRL has shuffled the sequences, so the first ones are a random part.
+
+        Returns:
+            The mean KL(π_old ‖ π_new) over all ranks, in nats.
+        """
+        totals = torch.zeros(2, dtype=torch.float64)
+        for part in self._parts:
+            chosen = torch.zeros_like(part.mask)
+            chosen[: max(1, round(self.capo.measure_kl * len(part.mask)))] = True
+            chosen &= part.mask
+            tokens = part.tokens.select(chosen[part.mask])
+            with self.accelerator.autocast():
+                hidden = completion_hidden_states(self._policy, part.input_ids, part.attention_mask, chosen)
+            new = support_log_probs(self._policy, hidden, tokens.token_ids, self.temperature)
+            kl = support_kl(tokens, part.log_mass[chosen[part.mask]], new)
+            finite = kl.isfinite()
+            totals += torch.stack([kl[finite].sum(), finite.sum().double()]).cpu()
+        kl, count = self._sum_ranks(totals).tolist()
+        return kl / max(1, count)
+
+    # --- rewards, counters, logs -------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs):
+        with self._clock("generate"):
+            output = super()._generate_and_score_completions(inputs)
+        self.seconds["generate"] -= self._reward_seconds
+        self.seconds["reward"] += self._reward_seconds
+        if self.advantage_baseline == "none":
+            mine = slice(
+                self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs)
+            )
+            weights = self.reward_weights.to(self._rewards.device)
+            output["advantages"] = (self._rewards[mine] * weights).nansum(1)  # unscorable: 0, as TRL
+        if self.model.training:
+            self.counters["completions"] += len(inputs) * self.accelerator.num_processes
+        return output
+
+    def _calculate_rewards(self, *args, **kwargs):
+        start = time.perf_counter()
+        rewards = super()._calculate_rewards(*args, **kwargs)
+        # a NaN or infinite reward is an unscorable completion, which TRL leaves out of its group
+        self._rewards = rewards.masked_fill(~rewards.isfinite(), torch.nan)
+        self._reward_seconds = time.perf_counter() - start
+        return self._rewards
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the counters and the step's seconds to what TRL logs.
+
+        Args:
+            logs: TRL's and transformers' values, changed in place.
+            start_time: as `Trainer.log`.
+        """
+        if self.model.training and "loss" in logs:
+            total = self.seconds.pop("total", 0.0)
+            train = total - sum(self.seconds.values())
+            counters = dict(self.counters)
+            if self.capo.mode == "off":  # nobody counted them
+                del counters["accepted_tokens"]
+            logs |= counters | {f"time/{name}": value for name, value in self.seconds.items()}
+            logs |= {"time/train": train, "time/total": total}
+            self.seconds.clear()
+        super().log(logs, start_time)
+
+    def record(self, values: dict[str, float]) -> None:
+        """Put values into the running step's log line."""
+        for name, value in values.items():
+            self._metrics["train"][name].append(value)
+
+    def _sum_ranks(self, totals: Tensor) -> Tensor:
+        return self.accelerator.reduce(totals.to(self.accelerator.device), "sum").cpu()
+
+    def _scheduled_lr(self) -> float:
+        """α, the schedule's rate for the coming update."""
+        return self.lr_scheduler.get_last_lr()[0]
+
+    @contextmanager
+    def _clock(self, name: str) -> Iterator[None]:
+        """Add the seconds of a block to a named sum."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            checkpoint.save_state(folder, self.step_model, {"calibration": self.budget.calibration, **self.counters})
+        self.accelerator.wait_for_everyone()  # the other ranks' shards are part of a complete checkpoint
+        if self.args.should_save:
+            checkpoint.seal(folder)
+
+    def _load_optimizer_and_scheduler(self, folder):
+        super()._load_optimizer_and_scheduler(folder)
+        if folder is not None:
+            saved = checkpoint.load_state(Path(folder), self.step_model)
+            self.budget.calibration = saved["calibration"]
+            self.counters = {name: int(saved[name]) for name in self.counters}
+
+
+class _UpdateCallback(TrainerCallback):
+    """Calls the trainer at the two moments around `optimizer.step` that have no method to override."""
+
+    def __init__(self, trainer: CAPOTrainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.before_step()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.after_step()
+        self.trainer.seconds["total"] += time.perf_counter() - self.start

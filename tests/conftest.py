@@ -1,0 +1,33 @@
+"""A tiny policy and the means to train it, shared by the tests."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tmp_path_factory) -> Path:
+    """A random Qwen2 with the lab's tokenizer, saved as an ordinary folder."""
+    from open_r1_capo.lab.pretrain import LabSettings, build_model
+    from open_r1_capo.lab.tokenizer import build_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny") / "policy"
+    settings = LabSettings()
+    tokenizer = build_tokenizer(64)
+    build_model(settings, tokenizer, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_policy):
+    return AutoTokenizer.from_pretrained(tiny_policy, padding_side="left")
