@@ -20,10 +20,24 @@ def token_reward(completion_ids, **kwargs):
 
 def arguments(folder, **changes):
     defaults = {
-        "output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 8, "num_generations": 4,
-        "max_completion_length": 6, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "temperature": 0.9,
-        "loss_type": "grpo", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "logging_steps": 1,
-        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "optim": "adamw_torch", "seed": 0,
+        "output_dir": str(folder),
+        "max_steps": 3,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "temperature": 0.9,
+        "loss_type": "grpo",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "optim": "adamw_torch",
+        "seed": 0,
     }
     return GRPOConfig(**{**defaults, **changes})
 
@@ -32,7 +46,9 @@ def build(policy, tokenizer, folder, capo=None, baseline="group", reward=token_r
     """A CAPOTrainer, or TRL's own if `capo` is None, on a fresh copy of the policy."""
     common = {
         "model": AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
-        "reward_funcs": [reward], "args": arguments(folder, **changes), "processing_class": tokenizer,
+        "reward_funcs": [reward],
+        "args": arguments(folder, **changes),
+        "processing_class": tokenizer,
         "train_dataset": to_prompts(Dataset.from_list(PROMPTS), None),
     }
     if capo is None:
@@ -48,5 +64,6 @@ def history(trainer):
     """What was logged of each optimizer step, without the times."""
     return [
         {k: v for k, v in row.items() if "time" not in k and "runtime" not in k and "per_second" not in k}
-        for row in trainer.state.log_history if "reward" in row
+        for row in trainer.state.log_history
+        if "reward" in row
     ]
