@@ -86,9 +86,7 @@ def main(folder: str, names: Sequence[str]) -> int:
         rows = records(benchmark, folder)
         wrong, right = check(rows, original_answers(benchmark, folder, rows))
         seconds = time.perf_counter() - started
-        print(
-            f"{benchmark.name}: {len(rows)}: gold not 1: {len(wrong)}, swapped not 0: {len(right)}, {seconds:.0f} s"
-        )
+        print(f"{benchmark.name}: {len(rows)}: gold not 1: {len(wrong)}, swapped not 0: {len(right)}, {seconds:.0f} s")
         for identity, gold, got in wrong:
             print(f"  gold  {identity}: {last_boxed(gold)!r} scores {got}")
         for identity, gold, other in right:

@@ -9,7 +9,8 @@ beside its results. Two environment variables change the tasks:
 CAPO_EVAL_DATA=<folder> reads <folder>/<task>.jsonl or <folder>/<task>/test.jsonl instead of the hub, the lab's sets
 (`capo:lab_…`) among them, and CAPO_EVAL_SAMPLES=<n> asks for n answers a problem.
 
-Needs math-verify 0.9 beside lighteval (`make .venv-eval` installs both).
+Answers are verified by this project's own environment (`make install`), or the interpreter CAPO_EVAL_PYTHON names:
+lighteval 0.13 insists on a version of latex2sympy2_extended that math-verify 0.9 cannot use.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from lighteval.tasks.requests import Doc, SamplingMethod
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from scoring import score
+from scoring import Verifier, score
 from suite import OPEN, Benchmark, lab, record
 
 DATA = os.environ.get("CAPO_EVAL_DATA")
+PYTHON = Path(os.environ.get("CAPO_EVAL_PYTHON") or Path(__file__).parents[1] / ".venv" / "bin" / "python")
 SAMPLES = int(os.environ.get("CAPO_EVAL_SAMPLES", "0"))
 
 
@@ -75,7 +77,9 @@ class MeanAccuracy(SamplingMetric, SampleLevelComputation):
             for doc, answers in zip(docs, texts, strict=True)
             for answer in answers
         ]
-        scores = np.array(score(items), dtype=float).reshape(len(docs), self.n)
+        verifier = Verifier(python=str(PYTHON) if PYTHON.exists() else None)
+        scores = np.array(score(items, verifier), dtype=float).reshape(len(docs), self.n)
+        verifier.close()
         return scores.mean(axis=1).tolist()
 
 

@@ -144,11 +144,11 @@ class _Job:
 class _Worker:
     """One worker process, the connection to it, and the job it is at."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, python: str, timeout: float) -> None:
         self.socket, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, str(timeout)],
+                [python, __file__, str(timeout)],
                 stdin=theirs,
                 stdout=theirs,
                 stderr=subprocess.PIPE,
@@ -184,15 +184,16 @@ class _Worker:
 class Verifier:
     """A pool of worker processes that compares answers with gold answers, each within a hard time limit.
 
-    The workers start with the first call. `counts` tells what happened: verified, cached, timeouts, restarts,
-    unparseable.
+    The workers start with the first call. `counts` has verified, cached, timeouts, restarts and unparseable.
 
     Args:
         workers: Number of processes; by default the number of CPUs, at most 4.
         timeout: Seconds an answer may take before its worker is killed and it scores 0.
+        python: Interpreter that has math-verify, by default this one.
     """
 
-    def __init__(self, workers: int | None = None, timeout: float = TIMEOUT) -> None:
+    def __init__(self, workers: int | None = None, timeout: float = TIMEOUT, python: str | None = None) -> None:
+        self.python = python or sys.executable
         self.size = workers or min(4, os.cpu_count() or 1)
         self.timeout = timeout
         self.counts: Counter[str] = Counter()
@@ -254,7 +255,7 @@ class Verifier:
         """Start missing workers and give every idle one a job."""
         at_work = sum(worker.job is not None for worker in self._workers)
         while len(self._workers) < min(self.size, len(self._waiting) + at_work):
-            self._workers.append(_Worker(self.timeout))
+            self._workers.append(_Worker(self.python, self.timeout))
         for worker in [worker for worker in self._workers if worker.ready and not worker.job]:
             if self._waiting:
                 with contextlib.suppress(OSError):  # it died while idle: _hear finds out

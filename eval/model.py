@@ -1,0 +1,133 @@
+"""The model under evaluation: where it is, what identifies it, and the settings it was trained with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from open_r1_capo.data import SYSTEM_PROMPT
+from server import EvalError
+
+# what decides a model's answers; optimizer states and other leftovers of training do not
+WEIGHTS = ("*.safetensors", "*.bin")
+RECIPES = ("config.json", "generation_config.json", "tokenizer*", "*.jinja", "vocab*", "merges.txt", "*.model")
+NOT_WEIGHTS = ("capo_state.safetensors", "training_args.bin")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to evaluate.
+
+    Attributes:
+        name: What the user called it.
+        folder: Where its files are.
+        fingerprint: 16 hexadecimal digits of the content of its files.
+        is_lab: Whether it is the lab's policy, or trained from it.
+        system_prompt: The one it was trained with; "" for none.
+    """
+
+    name: str
+    folder: Path
+    fingerprint: str
+    is_lab: bool
+    system_prompt: str
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence in tokens, if its configuration says so."""
+        return json.loads((self.folder / "config.json").read_text()).get("max_position_embeddings")
+
+
+def fingerprint(folder: Path) -> str:
+    """Identify a model by the content of its files, so that overwritten weights are another model.
+
+    Args:
+        folder: The model's folder.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    files = {file for pattern in (*WEIGHTS, *RECIPES) for file in folder.glob(pattern) if file.name not in NOT_WEIGHTS}
+    total = hashlib.sha256()
+    for file in sorted(files):
+        digest = hashlib.sha256()
+        with file.open("rb") as content:
+            while block := content.read(1 << 24):
+                digest.update(block)
+        total.update(f"{file.name}:{digest.hexdigest()}\n".encode())
+    return total.hexdigest()[:16]
+
+
+def training_settings(folder: Path) -> dict:
+    """Find the settings of the run that a checkpoint belongs to.
+
+    Args:
+        folder: A model's folder, `<run>/checkpoints/checkpoint-<step>` if it is a checkpoint.
+
+    Returns:
+        The run's config.yaml, or {} if the folder belongs to no run.
+    """
+    from omegaconf import OmegaConf
+
+    for parent in list(folder.resolve().parents)[:2]:
+        if (parent / "config.yaml").is_file() and (parent / "checkpoints").is_dir():
+            return OmegaConf.to_container(OmegaConf.load(parent / "config.yaml"), resolve=False)
+    return {}
+
+
+def _setting(settings: dict, key: str) -> object:
+    """Look a key up in a run's config.yaml, whose recipe may be nested one level deep."""
+    if key in settings:
+        return settings[key]
+    return next((part[key] for part in settings.values() if isinstance(part, dict) and key in part), None)
+
+
+def download(name: str) -> Path:
+    """Bring a model from the hub, or from its cache.
+
+    Args:
+        name: The hub's name, `owner/name`.
+
+    Returns:
+        Its local folder.
+
+    Raises:
+        EvalError: If it is neither there nor in the cache.
+    """
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, ignore_patterns=["*.pth", "*.gguf", "original/*"]))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        cause = str(error).strip().split("\n")[0]
+        raise EvalError(f"{name} is no folder here, and the hub does not give it: {cause}") from error
+
+
+def resolve(name: str) -> Model:
+    """Find a model.
+
+    Args:
+        name: A folder, a name on the hub, or `lab` for the lab's base policy.
+
+    Returns:
+        The model.
+
+    Raises:
+        EvalError: If there is none, or the folder holds no model.
+    """
+    if name == "lab":
+        from open_r1_capo.lab.policy import base_policy
+
+        folder = base_policy()
+    else:
+        folder = Path(name) if Path(name).exists() else download(name)
+    if not (folder / "config.json").is_file() or not any(folder.glob(pattern) for pattern in WEIGHTS):
+        raise EvalError(f"{folder} holds no model (config.json and weights as .safetensors)")
+    settings = training_settings(folder)
+    is_lab = (folder / "lab.json").is_file() or _setting(settings, "model_name_or_path") == "lab"
+    trained_with = _setting(settings, "system_prompt")
+    if trained_with is None:
+        trained_with = "" if is_lab else SYSTEM_PROMPT
+    return Model(name, folder.resolve(), fingerprint(folder), is_lab, str(trained_with))
