@@ -3,7 +3,7 @@
 `make install` builds `.venv` from this file and rebuilds it when this file is newer.
 """
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 # Moving libraries are pinned exactly where this project reads or overrides their internals,
 # and to a compatible range elsewhere.
@@ -27,8 +27,21 @@ EXTRAS = {
     "gpu": ["vllm==0.31.0", "deepspeed==0.19.8"],
     # its pins (latex2sympy2_extended 1.0.6) clash with math-verify 0.9: `make eval` gives it its own environment
     "eval": ["lighteval[litellm]==0.13.0", "xxhash<4"],
-    "dev": ["pytest>=9,<10", "ruff==0.17.5"],  # ruff's formatting changes between releases: exact
+    "dev": [
+        "pytest>=9,<10",
+        "ruff==0.17.5",  # formatting changes between releases: exact
+        "triton==3.7.1; platform_system == 'Linux'",  # torch 2.13's own; its interpreter runs the GPU kernels' tests
+    ],
 }
+
+# The CPU's inner loops in plain C; where there is no compiler torch does the same, five times slower.
+NATIVE = Extension(
+    "open_r1_capo.capo._native",
+    ["src/open_r1_capo/capo/native.c"],
+    extra_compile_args=["-O3", "-fopenmp-simd", "-fno-math-errno"],  # vector roots; exact otherwise
+    libraries=["m"],
+    optional=True,
+)
 
 setup(
     name="open-r1-capo",
@@ -37,6 +50,7 @@ setup(
     license="Apache-2.0",
     package_dir={"": "src"},
     packages=find_packages("src"),
+    ext_modules=[NATIVE],
     python_requires=">=3.10",
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,

@@ -1,37 +1,42 @@
-"""Adam's arithmetic on rows of moments (§4.1): the inner loops of `AdamStep`, in torch.
+"""Adam's arithmetic on rows of moments (§4.1) in torch: the oracle of the faster engines, and what runs without them.
 
-`kernels.py` has the same two functions for a GPU; these are its oracle and its fallback.
+Three functions make an engine (`engine.py`): `propose`, `commit` and `planned`. `native.py` has them in C for a CPU,
+`kernels.py` in Triton for a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from open_r1_capo.capo.last_layer import TokenBatch, row_entries
 from open_r1_capo.capo.moments import MomentTable
-from open_r1_capo.capo.segments import chunks, working_set
+from open_r1_capo.capo.segments import chunks, support_dots, working_set
 
 SMALLEST_DECAY = 1e-24  # a moment that decayed by more is nothing beside a gradient, and its inverse still a float32
 
 
 @dataclass(frozen=True)
 class AdamRule:
-    """Adam's constants.
+    """Adam's constants, and the averages they are used with.
 
     Attributes:
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         eps: ε, added to the root of the bias-corrected second moment.
-        decay_absent: whether the moments of a row decay in the steps that do not touch it.
+        moment_average: `per_logit` or `per_token`.
+        absent_rows: `hold` or `decay`.
     """
 
     beta1: float
     beta2: float
     eps: float
-    decay_absent: bool
+    moment_average: str
+    absent_rows: str
 
     def direction(self, first: Tensor, second: Tensor, step: int) -> Tensor:
         """P̂ / (√Q̂ + ε) of the moments as they stand after `step` steps; any shape."""
@@ -44,79 +49,130 @@ class AdamRule:
         second.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
         return first, second
 
+    def decays(self, table: MomentTable, row: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """What the stored moments of `row` (…) have decayed by after `step` steps: two factors, (…) or ()."""
+        if self.absent_rows == "hold":
+            one = table.first.new_ones(())
+            return one, one
+        passed = (step - table.last_step[row]).to(table.first.dtype)
+        return self.beta1**passed, self.beta2**passed
+
     def current(
         self, table: MomentTable, row: Tensor, step: int, columns: slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
         """Copies of the moments of table rows (R,) as they stand after `step` steps: (R, columns) each."""
         first, second = (m[:, columns].index_select(0, row) for m in (table.first, table.second))
-        if self.decay_absent:
-            missed = (step - table.last_step[row])[:, None].to(first.dtype)
-            first.mul_(self.beta1**missed)
-            second.mul_(self.beta2**missed)
+        if self.absent_rows == "decay":
+            decay1, decay2 = self.decays(table, row, step)
+            first.mul_(decay1[:, None])
+            second.mul_(decay2[:, None])
         return first, second
 
-    def carried(self, table: MomentTable, row: Tensor, step: int) -> tuple[Tensor | float, Tensor | float]:
-        """β₁ and β₂ to the power of the steps since the rows' moments were written, up to step `step` included."""
-        if not self.decay_absent:
-            return max(self.beta1, SMALLEST_DECAY), max(self.beta2, SMALLEST_DECAY)
-        passed = (step - table.last_step[row]).to(table.first.dtype)
-        return (self.beta1**passed).clamp_(min=SMALLEST_DECAY), (self.beta2**passed).clamp_(min=SMALLEST_DECAY)
+
+class Folded(NamedTuple):
+    """A proposal with its constants folded into (N, K) factors, for moments P and Q as they are stored.
+
+    z = scale · Σ_d x_d (P_d + pull · x_d) / (√(Q_d + push · x_d²) + eps)
+    """
+
+    pull: Tensor
+    push: Tensor
+    eps: Tensor
+    scale: Tensor
 
 
-def propose(  # noqa: PLR0917
-    rule: AdamRule,
-    table: MomentTable,
-    row: Tensor,
-    coefficient: Tensor,
-    features: Tensor,
-    step: int,
-    scratch_bytes: int,
-) -> Tensor:
-    """The logit change z = D x of each token's own Adam step, if `coefficient · x` arrived as step number `step`.
+def fold(rule: AdamRule, table: MomentTable, row: Tensor, coefficient: Tensor, step: int) -> Folded:
+    """The factors of the steps that `coefficient · x` (N, K) would take as step number `step` of rows (N, K)."""
+    decay1, decay2 = (decay.to(coefficient.dtype) for decay in rule.decays(table, row, step - 1))
+    carry1 = (decay1 * rule.beta1).clamp_(min=SMALLEST_DECAY)
+    carry2 = (decay2 * rule.beta2).clamp_(min=SMALLEST_DECAY)
+    root = (1 - rule.beta2**step) ** 0.5 / carry2.sqrt()
+    return Folded(
+        pull=coefficient * ((1 - rule.beta1) / carry1),
+        push=coefficient.square().mul_((1 - rule.beta2) / carry2),
+        eps=(rule.eps * root).expand(row.shape),
+        scale=carry1 * root / (1 - rule.beta1**step),
+    )
 
-    With the moments P and Q, carried to the step by the factors s₁ and s₂, and b = 1 - β^step,
 
-        z = s₁/√s₂ · √b₂/b₁ · Σ_d x_d (P_d + c (1-β₁)/s₁ x_d) / (√(Q_d + c² (1-β₂)/s₂ x_d²) + ε √b₂/√s₂),
-
-    so that all constants are folded into (N, K) factors and each of the N·K·D elements is touched by few operations.
+def propose(rule: AdamRule, table: MomentTable, batch: TokenBatch, step: int, scratch: int) -> Tensor:
+    """The logit change z = D x of each token's own step, if its gradient arrived as step number `step`.
 
     Args:
         rule: Adam's constants.
         table: the moments; only read.
-        row: (N, K), table rows of the support.
-        coefficient: (N, K), A v.
-        features: x_ND.
+        batch: N tokens.
         step: the step's number, from 1.
-        scratch_bytes: bound of the temporary memory.
+        scratch: bound of the temporary memory in bytes, for what has the width D.
 
     Returns:
-        (N, K), of the coefficient's dtype.
+        (N, K).
     """
-    (n, k), d, dtype = row.shape, features.shape[1], coefficient.dtype
-    carry1, carry2 = rule.carried(table, row, step)
-    bias1, bias2 = 1 - rule.beta1**step, 1 - rule.beta2**step
-    pull = coefficient * (1 - rule.beta1) / carry1
-    push = coefficient.square() * (1 - rule.beta2) / carry2
-    scale = carry1 / carry2**0.5 * (bias2**0.5 / bias1)
-    eps = rule.eps * bias2**0.5 / carry2**0.5
-    z = torch.empty_like(coefficient)
-    per_token = 2 * k * d * coefficient.element_size()
-    parts = list(chunks(n, per_token, working_set(features.device, scratch_bytes)))
-    buffer = coefficient.new_empty(2, (parts[0].stop if parts else 0) * k, d)  # page faults cost more than the sums
+    (n, k), d = batch.token_ids.shape, batch.features.shape[1]
+    row = table.row_of[batch.token_ids]
+    folded = fold(rule, table, row, batch.coefficient, step)
+    z = torch.empty_like(folded.pull)
+    parts = list(chunks(n, 2 * k * d * z.element_size(), working_set(z.device, scratch)))
+    buffer = z.new_empty(2, (parts[0].stop if parts else 0) * k, d)  # new pages would cost more than the arithmetic
     for part in parts:
-        index, x = row[part].flatten(), features[part, None, :].to(dtype)
+        pull, push, eps = (factor[part, :, None] for factor in folded[:3])
+        index, x = row[part].flatten(), batch.features[part, None, :].to(z.dtype)
         numerator, root = (
             _gather(moment, index, out[: len(index)]).view(-1, k, d)
             for moment, out in zip((table.first, table.second), buffer, strict=True)
         )
-        root.addcmul_(push[part, :, None], x.square()).sqrt_().add_(eps[part, :, None] if rule.decay_absent else eps)
-        numerator.addcmul_(pull[part, :, None], x).div_(root)
+        numerator.addcmul_(pull, x).div_(root.addcmul_(push, x.square()).sqrt_().add_(eps))
         torch.bmm(x, numerator.transpose(1, 2), out=z[part, None, :])  # x on the left: ten times faster on a CPU
-    return z.mul_(scale)
+    return z.mul_(folded.scale)
+
+
+def commit(rule: AdamRule, table: MomentTable, batch: TokenBatch, weight: Tensor, step: int, scratch: int) -> None:
+    """Step number `step` of the moments with one batch's gradient, without ever holding all of its rows.
+
+    Args:
+        rule: Adam's constants.
+        table: the moments, changed in place.
+        batch: N tokens.
+        weight: (N,), from `TokenSelection`.
+        step: the step's number, from 1.
+        scratch: bound of the temporary memory in bytes.
+    """
+    entries = row_entries(batch, weight)
+    row = table.grow(entries.token_ids)
+    features = batch.features
+    update(rule, table, row, lambda rows: entries.mean(rule.moment_average, rows, features, scratch), step, scratch)
+
+
+def planned(rule: AdamRule, table: MomentTable, batch: TokenBatch, step: int, scratch: int) -> Tensor:
+    """The logit change z of the step that the moments take after `step` steps.
+
+    Args:
+        rule: Adam's constants.
+        table: the moments; only read.
+        batch: N tokens, any.
+        step: the number of steps taken.
+        scratch: bound of the temporary memory in bytes.
+
+    Returns:
+        (N, K), of the moments' dtype; 0 for rows that the step leaves where they are.
+    """
+    used, place = torch.unique(table.row_of[batch.token_ids], return_inverse=True)
+    used = used.long()
+    z = table.first.new_zeros(place.shape)
+    for columns in chunks(batch.features.shape[1], 5 * len(used) * z.element_size(), scratch):
+        direction = rule.direction(*rule.current(table, used, step, columns), step)
+        direction[resting(rule, table, used, step)] = 0
+        z += support_dots(direction, place, batch.features[:, columns], scratch)
+    return z
+
+
+def resting(rule: AdamRule, table: MomentTable, row: Tensor, step: int) -> Tensor:
+    """Which of the rows step number `step` left where they are: under `hold`, those it did not touch."""
+    return (table.last_step[row] != step) & (rule.absent_rows == "hold")
 
 
 def update(
-    rule: AdamRule, table: MomentTable, row: Tensor, gradient: Callable[[slice], Tensor], step: int, scratch_bytes: int
+    rule: AdamRule, table: MomentTable, row: Tensor, gradient: Callable[[slice], Tensor], step: int, scratch: int
 ) -> None:
     """Step number `step` of the moments of table rows (R,), in place.
 
@@ -126,10 +182,10 @@ def update(
         row: (R,) int64, distinct.
         gradient: gives the averaged gradient (r, D) of a slice of the rows.
         step: the step's number, from 1.
-        scratch_bytes: bound of the temporary memory.
+        scratch: bound of the temporary memory in bytes.
     """
     bytes_each = 4 * table.first.shape[1] * table.first.element_size()
-    for part in chunks(len(row), bytes_each, working_set(row.device, scratch_bytes)):
+    for part in chunks(len(row), bytes_each, working_set(row.device, scratch)):
         index = row[part]
         first, second = rule.blend(*rule.current(table, index, step - 1), gradient(part).to(table.first.dtype))
         table.first.index_copy_(0, index, first)

@@ -74,6 +74,11 @@ class TokenBatch:
         return score.scatter_add(1, self.action_index[:, None], torch.ones_like(score[:, :1]))
 
     @property
+    def coefficient(self) -> Tensor:
+        """(N, K), A v: the token gradient of row j is this times x (Eq. 7)."""
+        return self.advantages.to(self.dtype)[:, None] * self.score
+
+    @property
     def occupied(self) -> Tensor:
         """(N, K) bool, the slots that hold a support id; padding has probability 0 and is not the action."""
         return (self.probs > 0).scatter(1, self.action_index[:, None], True)
@@ -192,7 +197,7 @@ def row_entries(batch: TokenBatch, weight: Tensor) -> RowEntries:
     moving = (occupied & (batch.advantages != 0)[:, None]).flatten().nonzero()[:, 0]
     ids, order = torch.sort(batch.token_ids.flatten()[moving], stable=True)
     moving = moving[order]
-    coefficient = (weight.to(batch.dtype) * batch.advantages.to(batch.dtype))[:, None] * batch.score
+    coefficient = weight.to(batch.dtype)[:, None] * batch.coefficient
     ids, length = torch.unique_consecutive(ids, return_counts=True)
     offsets = torch.cat([length.new_zeros(1), length.cumsum(0)])
     count = torch.bincount(batch.token_ids[occupied])[ids].to(torch.float32)

@@ -9,13 +9,14 @@ This file is the only one that contracts over the width D, always in chunks of b
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from open_r1_capo.capo import adam
-from open_r1_capo.capo.last_layer import RowGradient, TokenBatch, merge, row_entries, row_gradient
+from open_r1_capo.capo import adam, engine
+from open_r1_capo.capo.last_layer import RowGradient, TokenBatch, merge, row_gradient
 from open_r1_capo.capo.moments import MomentTable
 from open_r1_capo.capo.segments import chunks, entry_dots, segment_sums, support_dots
 
@@ -88,13 +89,13 @@ class _Step:
         if granularity != "token":
             _, subset = torch.unique(batch.subsets(granularity), return_inverse=True)
             moving = torch.zeros_like(subset, dtype=torch.bool).index_fill_(0, subset[moving], True)[subset]
-        z = batch.features.new_zeros(batch.probs.shape, dtype=batch.dtype)
-        if moving.any():
-            part = batch if moving.all() else batch.select(moving)
-            z[moving] = (
-                self._propose_tokens(part) if granularity == "token" else self._propose_subsets(part, granularity)
-            )
-        return z
+        if not moving.any():
+            return batch.features.new_zeros(batch.probs.shape, dtype=batch.dtype)
+        part = batch if moving.all() else batch.select(moving)
+        z = self._propose_tokens(part) if granularity == "token" else self._propose_subsets(part, granularity)
+        if part is batch:
+            return z
+        return z.new_zeros(batch.probs.shape).masked_scatter_(moving[:, None], z)
 
     def _propose_subsets(self, batch: TokenBatch, granularity: str) -> Tensor:
         """`propose` for subsets of several tokens, a chunk of (subset, id) rows at a time."""
@@ -105,7 +106,7 @@ class _Step:
         pair, entry_pair = torch.unique(subset[token] * stride + batch.token_ids[occupied], return_inverse=True)
         order = torch.argsort(entry_pair, stable=True)
         token, entry_pair = token[order], entry_pair[order]
-        coefficient = (batch.advantages.to(batch.dtype)[:, None] * batch.score)[occupied][order]
+        coefficient = batch.coefficient[occupied][order]
         count = torch.bincount(entry_pair)
         offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
         share = count if self.moment_average == "per_logit" else torch.bincount(subset)[pair // stride]
@@ -218,7 +219,7 @@ class AdamStep(_Step):
         self.vocab_size, self.dim = vocab_size, dim
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
         self.moment_average, self.absent_rows = moment_average, absent_rows
-        self.rule = adam.AdamRule(beta1, beta2, eps, absent_rows == "decay")
+        self.rule = adam.AdamRule(beta1, beta2, eps, moment_average, absent_rows)
         self.table = MomentTable(vocab_size, dim)
 
     @torch.no_grad()
@@ -234,20 +235,10 @@ class AdamStep(_Step):
             (N, K), per unit learning rate.
         """
         self._check(batch)
-        z = torch.zeros_like(batch.score)
         if self.step_count == 0:
-            return z
-        row, place = torch.unique(self.table.row_of[batch.token_ids], return_inverse=True)
-        row = row.long()
-        resting = self.table.last_step[row] != self.step_count
-        for columns in chunks(self.dim, 5 * len(row) * z.element_size(), self.scratch_bytes):
-            direction = self.rule.direction(
-                *self.rule.current(self.table, row, self.step_count, columns), self.step_count
-            )
-            if self.absent_rows == "hold":
-                direction[resting] = 0
-            z += support_dots(direction, place, batch.features[:, columns], self.scratch_bytes)
-        return z
+            return torch.zeros_like(batch.score)
+        z = self._engine(batch).planned(self.rule, self.table, batch, self.step_count, self.scratch_bytes)
+        return z.to(batch.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """The settings, the step count and the touched rows: ids (R,), moments (R, D), last step (R,)."""
@@ -281,11 +272,7 @@ class AdamStep(_Step):
         self.table.place(batch.features.device, batch.dtype)
 
     def _propose_tokens(self, batch: TokenBatch) -> Tensor:
-        coefficient = batch.advantages.to(batch.dtype)[:, None] * batch.score
-        row = self.table.row_of[batch.token_ids]
-        return adam.propose(
-            self.rule, self.table, row, coefficient, batch.features, self.step_count + 1, self.scratch_bytes
-        )
+        return self._engine(batch).propose(self.rule, self.table, batch, self.step_count + 1, self.scratch_bytes)
 
     def _direction(self, ids: Tensor, gradient: Tensor) -> Tensor:
         """(R, D), Adam's direction if the rows `ids` (R,) received `gradient` (R, D) now; reads the moments."""
@@ -293,21 +280,22 @@ class AdamStep(_Step):
         return self.rule.direction(*self.rule.blend(*moments, gradient), self.step_count + 1)
 
     def _apply_batch(self, batch: TokenBatch, weight: Tensor) -> None:
-        if batch.features.dtype != batch.dtype:  # many small sums would widen the features as many times
-            return super()._apply_batch(batch, weight)
-        entries = row_entries(batch, weight)
-        self._update(
-            entries.token_ids,
-            lambda rows: entries.mean(self.moment_average, rows, batch.features, self.scratch_bytes),
-        )
+        self._engine(batch).commit(self.rule, self.table, batch, weight, self.step_count, self.scratch_bytes)
+
+    def _engine(self, batch: TokenBatch) -> ModuleType:
+        return engine.choose(self.table, batch.features, self.scratch_bytes)
 
     def _apply(self, gradient: RowGradient) -> None:
         self.table.place(gradient.total.device, gradient.total.dtype)
-        self._update(gradient.token_ids, lambda rows: gradient.mean(self.moment_average, rows))
-
-    def _update(self, ids: Tensor, gradient: Callable[[slice], Tensor]) -> None:
-        row = self.table.grow(ids)
-        adam.update(self.rule, self.table, row, gradient, self.step_count, self.scratch_bytes)
+        row = self.table.grow(gradient.token_ids)
+        adam.update(
+            self.rule,
+            self.table,
+            row,
+            lambda rows: gradient.mean(self.moment_average, rows),
+            self.step_count,
+            self.scratch_bytes,
+        )
 
 
 def _check_settings(ours: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -1,0 +1,43 @@
+"""Which code runs the inner loops of `AdamStep`: Triton on a GPU, C on a CPU, torch anywhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from open_r1_capo.capo import adam, native
+from open_r1_capo.capo.moments import MomentTable
+
+VARIABLE = "OPEN_R1_CAPO_ENGINE"  # torch, native or triton: use this one, whatever the device
+
+
+def choose(table: MomentTable, features: Tensor, scratch_bytes: int) -> ModuleType:
+    """The engine for moments and features (N, D) that are on one device.
+
+    Args:
+        table: the moments.
+        features: x_ND.
+        scratch_bytes: bound of the temporary memory; the C engine must widen narrow features as a whole.
+
+    Returns:
+        A module with `propose`, `commit` and `planned`, as `adam`.
+
+    Raises:
+        ValueError: the environment names an engine that there is not.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted not in ("", "torch", "native", "triton"):
+        raise ValueError(f"{VARIABLE}: expected torch, native or triton, got {wanted!r}")
+    if wanted == "triton" or (not wanted and features.is_cuda and importlib.util.find_spec("triton")):
+        from open_r1_capo.capo import kernels  # triton is no dependency of machines without a GPU
+
+        return kernels
+    arithmetic = torch.promote_types(features.dtype, torch.float32)
+    if wanted == "torch" or features.is_cuda or not native.available() or table.first.dtype != arithmetic:
+        return adam
+    widened = features.numel() * arithmetic.itemsize if features.dtype != arithmetic else 0
+    return native if widened <= scratch_bytes else adam

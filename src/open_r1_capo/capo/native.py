@@ -1,0 +1,117 @@
+"""Adam's arithmetic on rows of moments in C (`native.c`): five times faster than `adam.py` on a CPU, no scratch.
+
+setup.py builds the library beside this file where it finds a compiler. It is plain C without Python's headers, called
+through ctypes, which frees the interpreter: ranges of the work run on torch's number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from open_r1_capo.capo.adam import AdamRule, fold, resting
+from open_r1_capo.capo.last_layer import TokenBatch, row_entries
+from open_r1_capo.capo.moments import MomentTable
+
+
+def _load() -> ctypes.CDLL | None:
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_native{suffix}")
+        if path.exists():
+            return ctypes.CDLL(str(path))
+    return None
+
+
+_LIBRARY = _load()
+
+
+def available() -> bool:
+    """Whether the library was built."""
+    return _LIBRARY is not None
+
+
+def propose(rule: AdamRule, table: MomentTable, batch: TokenBatch, step: int, scratch: int) -> Tensor:
+    """As `adam.propose`."""
+    row = table.row_of[batch.token_ids]
+    pull, push, eps, scale = fold(rule, table, row, batch.coefficient, step)
+    order, z = torch.argsort(row.flatten(), stable=True), torch.empty_like(pull)
+    features = batch.features.to(z.dtype).contiguous()
+    tensors = (order, row, table.first, table.second, features, pull, push, eps.contiguous(), z)
+    _run("propose", z.dtype, _even(len(order)), (row.shape[1], features.shape[1]), lambda: tensors)
+    return z.mul_(scale)
+
+
+def commit(rule: AdamRule, table: MomentTable, batch: TokenBatch, weight: Tensor, step: int, scratch: int) -> None:
+    """As `adam.commit`."""
+    entries = row_entries(batch, weight)
+    row = table.grow(entries.token_ids)
+    dtype, dim = table.first.dtype, table.first.shape[1]
+    decay1, decay2 = rule.decays(table, row, step - 1)
+    keep1, keep2 = ((decay * beta).expand(len(row)) for decay, beta in ((decay1, rule.beta1), (decay2, rule.beta2)))
+    add = decay1.new_tensor([1 - rule.beta1, 1 - rule.beta2])
+    divisor = (entries.count if rule.moment_average == "per_logit" else entries.tokens).to(dtype).expand(len(row))
+    tensors = (entries.coefficient, batch.features.to(dtype), divisor, keep1, keep2, add)
+    inputs = (row, entries.offsets, entries.token, *(tensor.contiguous() for tensor in tensors))
+    tables = (table.first, table.second)
+    _run("commit", dtype, _by_work(entries.offsets), (dim,), lambda: (*inputs, add.new_empty(dim), *tables))
+    table.last_step[row] = step
+
+
+def planned(rule: AdamRule, table: MomentTable, batch: TokenBatch, step: int, scratch: int) -> Tensor:
+    """As `adam.planned`."""
+    dtype, dim = table.first.dtype, table.first.shape[1]
+    ordered, order = torch.sort(table.row_of[batch.token_ids].flatten(), stable=True)
+    used, length = torch.unique_consecutive(ordered, return_counts=True)
+    used, offsets = used.long(), torch.cat([length.new_zeros(1), length.cumsum(0)])
+    decay1, decay2 = (decay.expand(len(used)) for decay in rule.decays(table, used, step))
+    scale1 = (decay1 / (1 - rule.beta1**step)).masked_fill_(resting(rule, table, used, step), 0)
+    scale2 = decay2 / (1 - rule.beta2**step)
+    eps = scale1.new_tensor([rule.eps])
+    z = table.first.new_empty(batch.token_ids.shape)
+    inputs = (used, offsets, order, batch.features.to(dtype).contiguous(), scale1, scale2, eps)
+    outputs = (table.first, table.second, z)
+    shape = (z.shape[1], dim)
+    _run("planned", dtype, _by_work(offsets), shape, lambda: (*inputs, eps.new_empty(dim), *outputs))
+    return z
+
+
+def _run(
+    name: str,
+    dtype: torch.dtype,
+    bounds: list[int],
+    shape: tuple[int, ...],
+    tensors: Callable[[], tuple[Tensor, ...]],
+) -> None:
+    """Call a function of the library on every range between two bounds; `tensors` is called once for each range."""
+    function = getattr(_LIBRARY, f"{name}_{str(dtype).removeprefix('torch.')}")
+
+    def work(start: int, stop: int) -> None:
+        arguments = tensors()  # held until the call is over
+        pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in arguments)
+        function(*(ctypes.c_int64(number) for number in (start, stop, *shape)), *pointers)
+
+    ranges = list(itertools.pairwise(bounds))
+    if len(ranges) == 1:
+        work(*ranges[0])
+        return
+    with ThreadPoolExecutor(len(ranges)) as pool:
+        list(pool.map(lambda bounds: work(*bounds), ranges))
+
+
+def _even(length: int) -> list[int]:
+    """Bounds of one range of equal length for each thread."""
+    threads = torch.get_num_threads()
+    return [length * i // threads for i in range(threads + 1)]
+
+
+def _by_work(offsets: Tensor) -> list[int]:
+    """Bounds of one range of rows for each thread, with about equally many entries in each."""
+    targets = offsets.new_tensor(_even(int(offsets[-1]))[1:-1])
+    return [0, *torch.searchsorted(offsets, targets).tolist(), len(offsets) - 1]
