@@ -215,8 +215,10 @@ def held_out_accuracy(  # noqa: PLR0913 (the last five are options by name)
     Raises:
         ValueError: If no problem could be scored.
     """
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    # Greedy is said as the best one of one: with do_sample off, the model's own sampling settings raise warnings.
+    sampling = {"temperature": temperature, "top_k": 0} if temperature > 0 else {"top_k": 1}
     config = GenerationConfig(
+        do_sample=True,
         **sampling,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,

@@ -49,7 +49,7 @@ class LabSettings:
     kv_heads: int = 2
     max_length: int = 256
     head_balance: float = 16.0
-    steps: int = 1500
+    steps: int = 650
     batch_size: int = 64
     learning_rate: float = 3e-3
     threads: int = 1

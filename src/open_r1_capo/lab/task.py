@@ -222,10 +222,10 @@ class Mixture:
     """
 
     base: float = 0.5
-    worked: float = 0.3
-    direct: float = 0.5
-    slip: float = 0.05
-    shortcut: float = 0.3
+    worked: float = 0.4
+    direct: float = 0.4
+    slip: float = 0.06
+    shortcut: float = 0.2
     right: float = 0.35
 
 
