@@ -16,6 +16,7 @@ from torch import Tensor
 from open_r1_capo.capo.segments import segment_sums
 
 GRANULARITIES = ("token", "sequence", "group", "batch")
+NO_ID = 2**31 - 1  # sorts behind every vocabulary id
 
 
 @dataclass(frozen=True)
@@ -194,15 +195,16 @@ def row_entries(batch: TokenBatch, weight: Tensor) -> RowEntries:
     """
     kept = weight > 0
     occupied = batch.occupied & kept[:, None]
-    moving = (occupied & (batch.advantages != 0)[:, None]).flatten().nonzero()[:, 0]
-    ids, order = torch.sort(batch.token_ids.flatten()[moving], stable=True)
-    moving = moving[order]
-    coefficient = weight.to(batch.dtype)[:, None] * batch.coefficient
-    ids, length = torch.unique_consecutive(ids, return_counts=True)
-    offsets = torch.cat([length.new_zeros(1), length.cumsum(0)])
-    count = torch.bincount(batch.token_ids[occupied])[ids].to(torch.float32)
-    token = moving // batch.token_ids.shape[1]
-    return RowEntries(ids, offsets, token, coefficient.flatten()[moving], count, kept.sum().to(batch.dtype))
+    moving = (occupied & (batch.advantages != 0)[:, None]).flatten()
+    ids = batch.token_ids.flatten()
+    ids, order = torch.sort(torch.where(moving, ids, NO_ID).int(), stable=True)
+    order = order[: int(moving.sum())]
+    ids, length = torch.unique_consecutive(ids[: len(order)], return_counts=True)
+    ids, offsets = ids.long(), torch.cat([length.new_zeros(1), length.cumsum(0)])
+    coefficient = (weight.to(batch.dtype)[:, None] * batch.coefficient).flatten()[order]
+    count = torch.bincount(batch.token_ids.flatten(), occupied.flatten().float())[ids]
+    token = order // batch.token_ids.shape[1]
+    return RowEntries(ids, offsets, token, coefficient, count, kept.sum().to(batch.dtype))
 
 
 def row_gradient(batch: TokenBatch, weight: Tensor, scratch_bytes: int) -> RowGradient:
