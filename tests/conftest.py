@@ -31,3 +31,12 @@ def tiny_policy(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_policy):
     return AutoTokenizer.from_pretrained(tiny_policy, padding_side="left")
+
+
+@pytest.fixture(scope="session")
+def lab_policy(tmp_path_factory) -> Path:
+    """A lab policy after a few seconds of pretraining: one completion in twenty is right, enough for a reward."""
+    from open_r1_capo.lab.policy import base_policy
+    from open_r1_capo.lab.pretrain import LabSettings
+
+    return base_policy(cache_dir=tmp_path_factory.mktemp("cache"), settings=LabSettings(steps=120, batch_size=32))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from trl import GRPOConfig
 
 from open_r1_capo.capo import TrustRegion
@@ -213,7 +214,7 @@ def build(settings: dict[str, Any]) -> tuple[RunConfig, GRPOConfig]:
         Our settings and TRL's, with the batch arithmetic done for the processes of this launch.
 
     Raises:
-        ConfigError: a value of the wrong type or out of range.
+        ConfigError: a value of the wrong type or out of range, or a scale that this machine cannot run.
     """
     ours = {key: value for key, value in settings.items() if key in OURS}
     nested = {key: kind(**_typed(kind, key, settings.get(key) or {})) for key, kind in NESTED.items()}
@@ -221,6 +222,11 @@ def build(settings: dict[str, Any]) -> tuple[RunConfig, GRPOConfig]:
     if missing:
         raise ConfigError(f"{missing[0]} is not set")
     run = RunConfig(**_typed(RunConfig, "", ours), **nested)
+    if run.needs_gpu and not torch.cuda.is_available():
+        raise ConfigError(
+            f"the scale {run.scale} needs a GPU and this machine has none; here, "
+            f"`make train RECIPE={run.recipe} SCALE=lab` runs"
+        )
     trl = _typed(GRPOConfig, "", {key: value for key, value in settings.items() if key in TRL_FIELDS})
     folder = run.folder(trl.get("seed", 42))
     trl |= _micro_batches(run, trl) | {"output_dir": str(folder / "checkpoints")}

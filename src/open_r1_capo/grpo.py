@@ -78,7 +78,7 @@ def train(settings: dict[str, Any]) -> None:
     """
     # --- the recipe --------------------------------------------------------------------------------------------------
     config, args = build(settings)
-    check_machine(config)
+    rewards = known_rewards(config)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     folder = RunFolder(config.folder(args.seed))
@@ -101,7 +101,7 @@ def train(settings: dict[str, Any]) -> None:
         print(f"{note}; going on from {resume or 'the beginning'}", file=sys.stderr)
 
     # --- training ----------------------------------------------------------------------------------------------------
-    trainer = make_trainer(config, args, model, tokenizer, dataset)
+    trainer = make_trainer(config, args, rewards, model, tokenizer, dataset)
     accuracy = held_out(config, trainer, tokenizer) if config.evaluation.problems else None
     trainer.add_callback(RunCallback(trainer, folder, accuracy))
     before = accuracy() if accuracy else None
@@ -119,20 +119,22 @@ def train(settings: dict[str, Any]) -> None:
     print("\n".join(summary_lines(folder)))
 
 
-def check_machine(config: RunConfig) -> None:
-    """Refuse a scale that this machine cannot run.
+def known_rewards(config: RunConfig) -> list[Callable]:
+    """Look the rewards up.
 
     Args:
         config: our settings.
 
+    Returns:
+        The reward functions.
+
     Raises:
-        ConfigError: the scale needs a GPU and there is none.
+        ConfigError: an unknown name.
     """
-    if config.needs_gpu and not torch.cuda.is_available():
-        raise ConfigError(
-            f"the scale {config.scale} needs a GPU and this machine has none; here, "
-            f"`make train RECIPE={config.recipe} SCALE=lab` runs"
-        )
+    try:
+        return get_reward_funcs(config.reward_funcs)
+    except ValueError as error:
+        raise ConfigError(f"reward_funcs: {error}") from None
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -198,13 +200,19 @@ def load_dataset(config: RunConfig, tokenizer: PreTrainedTokenizerBase, seed: in
 
 
 def make_trainer(
-    config: RunConfig, args: GRPOConfig, model: str, tokenizer: PreTrainedTokenizerBase, dataset: Dataset
+    config: RunConfig,
+    args: GRPOConfig,
+    rewards: list[Callable],
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
 ) -> CAPOTrainer:
     """Build the trainer.
 
     Args:
         config: our settings.
         args: TRL's.
+        rewards: reward functions.
         model: local folder or hub id.
         tokenizer: of the policy.
         dataset: rows with `prompt` and `solution`.
@@ -213,12 +221,12 @@ def make_trainer(
         The trainer, silent but for its callbacks.
 
     Raises:
-        ConfigError: the model's weights cannot be loaded, or CAPO cannot model its LM head, or a reward is unknown.
+        ConfigError: the model's weights cannot be loaded, or CAPO cannot model its LM head.
     """
     try:
         trainer = CAPOTrainer(
             model=model,
-            reward_funcs=get_reward_funcs(config.reward_funcs),
+            reward_funcs=rewards,
             args=args,
             train_dataset=dataset,
             processing_class=tokenizer,

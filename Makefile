@@ -1,0 +1,61 @@
+# open-r1-capo: every verb sets up what it needs. `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+RECIPE ?= capo_aggressive
+SCALE ?= lab
+SEED ?= 0
+ARGS ?=
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU || echo 0)
+# one process on a laptop; one process a GPU, through accelerate, where there are several
+LAUNCH := $(if $(filter 0 1,$(CUDA)),$(BIN)/python -m open_r1_capo.grpo,$(BIN)/accelerate launch --config_file recipes/accelerate_configs/zero2.yaml --num_processes $(CUDA) src/open_r1_capo/grpo.py)
+comma := ,
+EXTRAS := $(if $(filter 0,$(CUDA)),dev,dev$(comma)gpu)
+TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+
+.PHONY: help install train eval test quality style figures report
+
+help: ## this list
+	@echo "open-r1-capo — make <verb> [NAME=value …]"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  \1\t/' | expand -t 14
+	@echo "recipes: $(sort $(filter-out base,$(basename $(notdir $(wildcard recipes/*.yaml)))))" | fold -s -w 100
+
+install: $(STAMP) ## set up .venv (done by every other verb when it is missing or older than setup.py)
+
+$(STAMP): setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than Python 3.10; set PYTHON=<a newer one>"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes, once)"
+# without a GPU, torch's CPU build: from its own index, if the default one would bring gigabytes of CUDA libraries
+	@index=; if [ $(CUDA) = 0 ] && $(PIP) --dry-run --no-deps --report - $(TORCH) 2>/dev/null | grep -qE '"(nvidia|cuda)-'; \
+	  then index="--index-url $(CPU_WHEELS)"; fi; $(PIP) $(TORCH) $$index 2> $(VENV)/install.log \
+	  && $(PIP) -e '.[$(EXTRAS)]' 2>> $(VENV)/install.log \
+	  || { grep -v '^WARNING' $(VENV)/install.log | tail -n 5; echo "error: the installation failed (all of it: $(VENV)/install.log)"; exit 2; }
+	@touch $@
+
+train: $(STAMP) ## train RECIPE=capo_aggressive SCALE=lab SEED=0 ARGS="learning_rate=1e-4 …" [OVERWRITE=1]
+	@$(LAUNCH) --config-name $(RECIPE) scale=$(SCALE) seed=$(SEED) $(if $(OVERWRITE),overwrite=true) $(ARGS)
+
+test: $(STAMP) ## unit and integration tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+
+quality: $(STAMP) ## formatting, lint, documentation rules
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+style: $(STAMP) ## reformat and repair what can be
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+report: $(STAMP) ## write the report of RUN=<run folder> again
+	@$(BIN)/python -m open_r1_capo.report $(RUN)
+
+figures: $(STAMP) ## draw RUNS="<run folder> …" against each other into OUT=outputs/figures
+	@$(BIN)/python eval/figures.py --out $(or $(OUT),outputs/figures) $(or $(RUNS),$(wildcard outputs/*/*/seed*))
+
+include $(wildcard eval/eval.mk benchmarks/bench.mk)

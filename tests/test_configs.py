@@ -1,0 +1,125 @@
+"""Recipes compose, every key is checked, and the batch arithmetic holds."""
+
+import math
+
+import pytest
+
+from open_r1_capo.configs import CAPOConfig, ConfigError, build
+from open_r1_capo.recipes import RECIPES, compose_recipe, known_recipes
+
+PAPER = {  # Table 4
+    "capo_aggressive": (1e-4, 1e-2),
+    "drcapo_aggressive": (1e-3, 5e-4),
+    "reincapo_aggressive": (1e-5, 1e-1),
+}
+NO_GPU = {"needs_gpu": False, "bf16": False}  # bf16 asks for one too
+NINE = {
+    "grpo_conservative", "grpo_aggressive", "drgrpo_aggressive", "reinforce_aggressive", "capo_aggressive",
+    "drcapo_aggressive", "reincapo_aggressive", "capo_scale_aggressive", "grpo_planned",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", sorted(path.stem for path in (RECIPES / "scale").glob("*.yaml")))
+@pytest.mark.parametrize("recipe", known_recipes())
+def test_every_recipe_composes_at_every_scale(recipe, scale):
+    settings = compose_recipe(recipe, [f"scale={scale}"])
+    run, args = build(settings | NO_GPU)
+    assert (run.recipe, run.scale) == (recipe, scale)
+    assert args.generation_batch_size == run.completions_per_step
+    assert settings["recipe"] == recipe
+    assert run.capo.mode == ("mask" if "capo_" in recipe and "scale" not in recipe else run.capo.mode)
+
+
+def test_the_nine_recipes():
+    assert set(known_recipes()) == NINE
+
+
+@pytest.mark.parametrize("size", ["1.5b", "7b"])
+@pytest.mark.parametrize("recipe", PAPER)
+def test_the_papers_settings(recipe, size):
+    """Tables 2, 3 and 4."""
+    settings = compose_recipe(recipe, [f"scale=qwen2.5-math-{size}"])
+    run, args = build(settings | NO_GPU)
+    assert (run.capo.max_policy_shift, run.capo.max_objective_shift) == PAPER[recipe]
+    assert run.capo.min_objective_shift is None
+    assert (run.capo.optimizer_model, run.capo.top_k, run.capo.denominator) == ("adam", 50, "kept")
+    assert (args.learning_rate, run.completions_per_step, args.max_steps, args.num_generations) == (1.5e-5, 96, 100, 8)
+    assert (args.temperature, args.max_completion_length, args.warmup_steps, args.beta) == (0.9, 1024, 0.1, 0.0)
+    conservative = compose_recipe("grpo_conservative", [f"scale=qwen2.5-math-{size}"])
+    assert (conservative["learning_rate"], conservative["completions_per_step"]) == (3e-6, 1152)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learning_rte=1", "no setting 'learning_rte'; did you mean learning_rate?"),
+        ("capo.max_polcy_shift=1", "did you mean capo.max_policy_shift?"),
+        ("data.pth=x", "did you mean data.path?"),
+        ("qwertzuiop=1", "neither a field of TRL's GRPOConfig nor ours"),
+        ("scale=huge", "no scale 'huge'; there are lab, qwen2.5-math-1.5b, qwen2.5-math-7b"),
+        ("capo.max_policy_shift=0", "max_policy_shift must be greater than 0"),
+        ("capo.max_policy_shift=-1e-4", "max_policy_shift must be greater than 0"),
+        ("capo.step_policy_shift=0", "step_policy_shift must be greater than 0"),
+        ("capo.mode=msk", "capo.mode must be one of off, observe, mask, scale"),
+        ("capo.measure_kl=2", "share between 0 and 1"),
+        ("capo.top_k=0", "capo.top_k must be at least 1"),
+        ("capo=off", "capo is a group of settings"),
+        ("num_generations=7", r"completions_per_step \(96\) must be a multiple of num_generations \(7\)"),
+        ("per_device_train_batch_size=7", "must be a multiple of per_device_train_batch_size"),
+        ("completions_per_step=0", "completions_per_step must be at least 1"),
+        ("learning_rate=abc", "learning_rate must be a number, got 'abc'"),
+        ("learning_rate=-1", "learning_rate must be greater than 0"),
+        ("max_steps=1.5", "max_steps must be a whole number"),
+        ("use_vllm=maybe", "use_vllm must be true or false"),
+        ("output_dir=x", "set output_root instead"),
+        ("reward_funcs=[]", "name at least one reward"),
+        ("advantage_baseline=mean", "advantage_baseline must be"),
+        ("loss_type=dapo", "capo.denominator=kept is defined for the losses grpo, dr_grpo, bnpo, not for dapo"),
+        ("lr_scheduler_type=square", "TRL refuses these settings"),
+        ("capo.step_feedback=false", r"capo.step_feedback has no effect with capo.step_policy_shift=inf"),
+        ("vllm_gpu_memory_utilization=0.5", "has no effect with use_vllm=false"),
+        ("learning_rate", "an override is written key=value"),
+    ],
+)
+def test_bad_overrides(override, message):
+    with pytest.raises(ConfigError, match=message):
+        build(compose_recipe("capo_aggressive", [override]))
+
+
+def test_unused_thresholds_are_refused():
+    with pytest.raises(ConfigError, match="no effect with capo.mode=observe"):
+        compose_recipe("grpo_aggressive", ["capo.max_policy_shift=1e-3"])
+    with pytest.raises(ConfigError, match="no effect with capo.mode=off"):
+        compose_recipe("grpo_aggressive", ["capo.mode=off", "capo.top_k=3"])
+
+
+def test_unknown_recipe_lists_the_known():
+    with pytest.raises(ConfigError, match="there is no recipe 'cap'; the recipes are capo_aggressive, capo_scale"):
+        compose_recipe("cap", [])
+
+
+def test_coarse_granularity_needs_one_forward_pass():
+    with pytest.raises(ConfigError, match="one process with per_device_train_batch_size=96"):
+        build(compose_recipe("capo_aggressive", ["capo.granularity=batch", "per_device_train_batch_size=48"]))
+    build(compose_recipe("capo_aggressive", ["capo.granularity=batch"]))
+
+
+def test_any_field_of_trl_can_be_set():
+    _, args = build(
+        compose_recipe("capo_aggressive", ["epsilon_high=0.28", "+beta=0.1", "gradient_accumulation_steps=4"])
+    )
+    assert (args.epsilon_high, args.beta) == (0.28, 0.1)
+    assert (args.gradient_accumulation_steps, args.per_device_train_batch_size) == (4, 24)
+
+
+def test_processes_share_the_completions(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"\(5 × 3\)"):
+        build(compose_recipe("capo_aggressive", ["per_device_train_batch_size=5"]))
+
+
+def test_feedback_needs_a_measurement():
+    with pytest.raises(ConfigError, match="needs the measured KL"):
+        CAPOConfig(mode="observe", step_policy_shift=1e-3, measure_kl=0)
+    CAPOConfig(mode="observe", step_policy_shift=1e-3, measure_kl=0, step_feedback=False)
+    assert not CAPOConfig(mode="observe", step_policy_shift=math.inf).plans_steps

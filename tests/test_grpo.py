@@ -1,0 +1,291 @@
+"""The entry point as a user meets it: a run from end to end, killed and resumed, and every kind of bad input."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from open_r1_capo import checkpoint, grpo
+from open_r1_capo.checkpoint import damage, newest_complete, seal
+
+FAST = [
+    "max_steps=6", "save_steps=2", "completions_per_step=32", "num_generations=4", "max_completion_length=16",
+    "evaluation.problems=0", "learning_rate=1e-3", "capo.max_policy_shift=1e-2",
+]  # fmt: skip
+
+
+def command(root, policy, *overrides, recipe="capo_aggressive"):
+    arguments = ["--config-name", recipe, f"output_root={root}", *FAST, f"model_name_or_path={policy}", *overrides]
+    if recipe.startswith("grpo"):
+        arguments = [a for a in arguments if not a.startswith("capo.max_policy_shift")]
+    return arguments
+
+
+def run(*arguments, expect=0, **kwargs):
+    """Run the entry point as a process; returns its output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "open_r1_capo.grpo", *arguments], capture_output=True, text=True, timeout=300, **kwargs
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def refused(capsys, *arguments):
+    """The one sentence of a refused call."""
+    assert grpo.main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert len(error.strip().splitlines()) == 1
+    return error
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "time" not in k} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, lab_policy):
+    """The folder of an uninterrupted run."""
+    root = tmp_path_factory.mktemp("outputs")
+    out = run(*command(root, lab_policy))
+    return root / "capo_aggressive" / "lab" / "seed0", out
+
+
+def test_a_run_writes_its_folder(finished):
+    folder, out = finished
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "report.html"} == {
+        p.name for p in folder.iterdir()
+    }
+    rows = metrics(folder)
+    assert max(row["capo/policy_shift/max"] for row in rows) > 0
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["completions"] == 192
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["completions"] == 192
+    assert summary["rejected_frac"]["max"] == max(row["capo/rejected_frac"] for row in rows)
+    config = (folder / "config.yaml").read_text()
+    assert "commit:" in config
+    assert "trl: 1.16.0" in config
+    page = (folder / "report.html").read_text()
+    assert "<svg" in page
+    assert "http" not in re.sub(
+        r'xmlns\S*="[^"]*"|rdf:\S+="[^"]*"|<metadata>.*?</metadata>', "", page, flags=re.DOTALL
+    )
+    assert "capo_aggressive on lab, seed 0: 6 steps, 192 completions" in out
+    assert str(folder / "report.html") in out
+    assert "step 6/6" in out
+
+
+def test_a_checkpoint_is_an_ordinary_folder(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = finished[0] / "checkpoints" / "checkpoint-6"
+    AutoModelForCausalLM.from_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder)
+    assert damage(folder) is None
+
+
+def test_a_finished_run_is_not_run_again(finished, capsys, lab_policy):
+    folder, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    assert grpo.main(command(folder.parents[2], lab_policy)) == 0
+    assert "this run has ended (OVERWRITE=1 runs it again)" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+def same_run(folder, reference):
+    ours, theirs = folder / "checkpoints" / "checkpoint-6", reference / "checkpoints" / "checkpoint-6"
+    for name in ("model.safetensors", "capo_state.safetensors"):
+        a, b = load_file(ours / name), load_file(theirs / name)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a), name
+    assert metrics(folder) == metrics(reference)
+
+
+def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path, lab_policy):
+    """After SIGKILL at random moments, parameters, moments and metrics are the uninterrupted run's."""
+    folder, rng = tmp_path / "capo_aggressive" / "lab" / "seed0", random.Random(os.getpid())
+    arguments = [sys.executable, "-m", "open_r1_capo.grpo", *command(tmp_path, lab_policy)]
+    for step in sorted(rng.sample(range(1, 6), 2)):
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        lines = folder / "metrics.jsonl"
+        while process.poll() is None and (not lines.is_file() or len(lines.read_text().splitlines()) < step):
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (folder / "summary.json").exists()
+    out = run(*command(tmp_path, lab_policy))
+    assert "going on from" in out or newest_complete(folder / "checkpoints")[0] is None
+    same_run(folder, finished[0])
+
+
+def test_planned_steps_resume_with_their_calibration(tmp_path, lab_policy):
+    extra = ["capo.step_policy_shift=1e-5"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(*command(whole, lab_policy, *extra, recipe="grpo_planned"))
+    run(*command(parts, lab_policy, *extra, recipe="grpo_planned"))
+    folder = parts / "grpo_planned" / "lab" / "seed0"
+    (folder / "summary.json").unlink()
+    (folder / "checkpoints" / "checkpoint-6" / "complete.json").unlink()  # as if cut off while being written
+    out = run(*command(parts, lab_policy, *extra, recipe="grpo_planned"))
+    assert "checkpoint-6 is not usable: it was cut off while being written; going on from" in out
+    same_run(folder, whole / "grpo_planned" / "lab" / "seed0")
+    assert max(row["capo/measured_kl"] for row in metrics(folder)) > 0
+    assert min(row["capo/step_scale"] for row in metrics(folder)) < 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "capo_state.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path, lab_policy, name):
+    folder = tmp_path / "capo_aggressive" / "lab" / "seed0"
+    shutil.copytree(finished[0], folder)
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+    broken = folder / "checkpoints" / "checkpoint-4" / name
+    content = bytearray(broken.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    broken.write_bytes(content)
+    found, notes = newest_complete(folder / "checkpoints")
+    assert found.name == "checkpoint-2"
+    assert f"{name} has changed or is cut off" in notes[0]
+
+
+# --- bad input: one sentence, exit code 2, nothing written -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config-name", "cap"], "there is no recipe 'cap'; the recipes are capo_aggressive"),
+        (["learning_rte=1"], "did you mean learning_rate?"),
+        (["capo.max_policy_shift=0"], "max_policy_shift must be greater than 0"),
+        (["completions_per_step=90"], "must be a multiple of"),
+        (
+            ["model_name_or_path=nobody/nothing"],
+            "put a copy of it on this machine and set model_name_or_path=<folder>",
+        ),
+        (["data.name=nobody/nothing"], "data.path="),
+        (["data.path=does/not/exist.jsonl"], "does/not/exist.jsonl"),
+        (["reward_funcs=[acuracy]"], "unknown reward acuracy"),
+    ],
+)
+def test_bad_input_writes_nothing(capsys, tmp_path, lab_policy, arguments, message):
+    base = [
+        a for a in command(tmp_path / "out", lab_policy) if not any(a.startswith(x.split("=")[0]) for x in arguments)
+    ]
+    if arguments[0] == "--config-name":
+        base = base[2:]
+    assert message in refused(capsys, *base, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_scale_says_what_runs_here(capsys, tmp_path):
+    error = refused(
+        capsys, "--config-name", "drcapo_aggressive", "scale=qwen2.5-math-7b", f"output_root={tmp_path}/out"
+    )
+    assert "`make train RECIPE=drcapo_aggressive SCALE=lab` runs" in error
+
+
+def test_a_folder_of_other_settings_is_kept(finished, capsys, lab_policy):
+    folder, _ = finished
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    error = refused(capsys, *command(folder.parents[2], lab_policy, "temperature=0.7"))
+    assert "belongs to a run with other settings (temperature; temperature was 0.9, now 0.7)" in error
+    assert "OVERWRITE=1" in error
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_folder_of_something_else_is_kept(capsys, tmp_path, lab_policy):
+    folder = tmp_path / "capo_aggressive" / "lab" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").write_text("years of work")
+    for more in ([], ["overwrite=true"]):
+        assert "holds files of something else" in refused(capsys, *command(tmp_path, lab_policy, *more))
+    assert (folder / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_model_without_a_chat_template(capsys, tmp_path, lab_policy):
+    bare = tmp_path / "bare"
+    shutil.copytree(lab_policy, bare)
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((bare / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert "has no chat template" in refused(capsys, *command(tmp_path / "out", bare))
+
+
+def test_prompts_that_are_all_too_long(capsys, tmp_path, lab_policy):
+    error = refused(capsys, *command(tmp_path / "out", lab_policy, "data.max_prompt_tokens=2"))
+    assert "no prompt has at most data.max_prompt_tokens=2 tokens" in error
+
+
+def test_a_full_disk(capsys, tmp_path, lab_policy, monkeypatch):
+    """The second checkpoint does not fit: one sentence, and the first stays what the run goes on from."""
+    save = checkpoint.save_state
+
+    def full(folder, *rest):
+        if folder.name == "checkpoint-4":
+            raise OSError(28, "No space left on device")
+        save(folder, *rest)
+
+    monkeypatch.setattr(checkpoint, "save_state", full)
+    assert grpo.main(command(tmp_path, lab_policy)) == 2
+    assert "error: the disk is full: make room, then the same command goes on" in capsys.readouterr().err
+    assert newest_complete(tmp_path / "capo_aggressive" / "lab" / "seed0" / "checkpoints")[0].name == "checkpoint-2"
+
+
+def test_an_unwritable_output_folder(capsys, tmp_path, lab_policy):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written (Not a directory)" in refused(capsys, *command(tmp_path / "file", lab_policy))
+
+
+def test_a_checkpoint_of_another_optimizer_model(capsys, finished, tmp_path, lab_policy):
+    folder = tmp_path / "capo_aggressive" / "lab" / "seed0"
+    shutil.copytree(finished[0], folder)
+    (folder / "summary.json").unlink()
+    last = folder / "checkpoints" / "checkpoint-6"
+    shutil.copytree(folder / "checkpoints" / "checkpoint-4", last, dirs_exist_ok=True)
+    (last / "capo_state.safetensors").write_bytes(b"not a tensor file")
+    seal(last)
+    assert grpo.main(command(tmp_path, lab_policy)) == 2
+    assert "cannot be read as CAPO's state" in capsys.readouterr().err
+
+
+def test_interrupted(capsys, monkeypatch):
+    def stop(settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grpo, "train", stop)
+    assert grpo.main([]) == 130
+    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken(settings):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(grpo, "train", broken)
+    with pytest.raises(ZeroDivisionError):
+        grpo.main([])
+
+
+def test_problems_from_a_local_file(tmp_path, lab_policy):
+    """A user's own JSONL instead of the lab's problems."""
+    rows = [{"question": f"What is {i}+1?", "answer": str(i + 1)} for i in range(40)]
+    Path(tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = run(
+        *command(tmp_path / "out", lab_policy, f"data.path={tmp_path}/mine.jsonl", "data.name=null", "max_steps=1")
+    )
+    assert "training reward" in out
