@@ -26,7 +26,8 @@ EXTRAS = {
     # vllm 0.31 is the newest that trl 1.16 supports; deepspeed 0.19.8 ran ZeRO-2 and ZeRO-3 with it
     "gpu": ["vllm==0.31.0", "deepspeed==0.19.8"],
     # its pins (latex2sympy2_extended 1.0.6) clash with math-verify 0.9: `make eval` gives it its own environment
-    "eval": ["lighteval[litellm]==0.13.0", "xxhash<4"],
+    # lighteval does not bound litellm, whose later releases fail on repeated requests (undeclared imports)
+    "eval": ["lighteval[litellm]==0.13.0", "litellm>=1.80,<1.81", "xxhash<4"],
     "dev": [
         "pytest>=9,<10",
         "ruff==0.17.5",  # formatting changes between releases: exact

@@ -72,7 +72,7 @@ def model_yaml(job: Job, port: int | None) -> str:
     """
     generation = {"temperature": job.sampling.temperature, "top_p": job.sampling.top_p}
     generation |= {"max_new_tokens": job.sampling.max_tokens, "seed": job.sampling.seed}
-    # lighteval's own cache of samples does not notice changed data; the cache of requests (litellm's) does
+    # lighteval's own cache of samples does not notice changed data; that of requests (lighteval_offline.py) does
     common = {"system_prompt": job.system_prompt or None, "cache_dir": str(job.folder / "lighteval-cache")}
     if port is None:
         parameters = {"model_name": str(job.folder / "model"), "max_length": job.model.context, "dtype": "auto"}

@@ -2,60 +2,126 @@
 
     .venv-eval/bin/python eval/lighteval_offline.py endpoint litellm MODEL.yaml TASKS --custom-tasks eval/tasks.py
 
-Three differences to `lighteval` itself (0.13.0):
+Four differences to `lighteval` itself (0.13.0):
 1. Its own tasks are not imported: that takes half a minute, and one of them downloads a file.
 2. An answer that is empty stays an answer. lighteval asks for it again, and if the first of several answers to a
    problem is still empty, it drops the others.
 3. A prompt that leaves less room than the wanted number of tokens gets the room that there is, instead of an error.
+4. Answers are kept in answers.jsonl of the working folder, one line a request, and an equal request is not sent again.
+   litellm's own cache would need packages that it does not declare, and lighteval's knows neither prompts nor data.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
-
-import torch
-from lighteval.__main__ import app
-from lighteval.tasks.registry import Registry
+import threading
+from collections.abc import Callable
+from pathlib import Path
 
 EMPTY = " "  # scores as an empty answer does
+NOT_IDENTITY = ("base_url", "api_key", "timeout", "caching")  # the port differs from server to server
 
 
-def answering(completion: object) -> object:
-    """Wrap litellm's completion function with differences 2 and 3.
+class Answers:
+    """The answers of earlier requests; a folder belongs to one model and one way of sampling.
 
     Args:
-        completion: litellm.completion.
+        path: The file; a last line that was cut off is ignored.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._lock = path, threading.Lock()
+        self._known: dict[str, list[str]] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            self._known[row["key"]] = row["texts"]
+
+    @staticmethod
+    def key(request: dict) -> str:
+        """Identify a request.
+
+        Args:
+            request: The arguments of litellm.completion.
+
+        Returns:
+            A hash of all that decides the answers.
+        """
+        facts = {name: value for name, value in request.items() if name not in NOT_IDENTITY}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def get(self, key: str) -> list[str] | None:
+        """Return the answers to a request, or None.
+
+        Args:
+            key: Of the request.
+
+        Returns:
+            The texts, if it was answered before.
+        """
+        return self._known.get(key)
+
+    def put(self, key: str, texts: list[str]) -> None:
+        """Keep the answers to a request.
+
+        Args:
+            key: Of the request.
+            texts: Its answers.
+        """
+        with self._lock, self.path.open("a", encoding="utf-8") as file:
+            self._known[key] = texts
+            file.write(json.dumps({"key": key, "texts": texts}) + "\n")
+
+
+def answering(litellm: object, completion: Callable, answers: Answers) -> Callable:
+    """Wrap litellm's completion function with differences 2 to 4.
+
+    Args:
+        litellm: The module.
+        completion: Its function.
+        answers: Those of earlier requests.
 
     Returns:
         A function with the same arguments and result.
     """
 
     def ask(**request: object) -> object:
-        import litellm
-
-        try:
-            response = completion(**request)
-        except litellm.BadRequestError as error:
-            if "context length" not in str(error) and "max_tokens" not in str(error):
-                raise
-            response = completion(**{**request, "max_tokens": None, "max_completion_tokens": None})
-        for choice in response.choices:
-            choice.message.content = choice.message.content or EMPTY
-        return response
+        request["caching"] = False
+        key = Answers.key(request)
+        texts = answers.get(key)
+        if texts is None:
+            try:
+                response = completion(**request)
+            except litellm.BadRequestError as error:
+                if "context length" not in str(error) and "max_tokens" not in str(error):
+                    raise
+                response = completion(**{**request, "max_tokens": None, "max_completion_tokens": None})
+            texts = [choice.message.content or "" for choice in response.choices]
+            answers.put(key, texts)
+        messages = [{"role": "assistant", "content": text or EMPTY} for text in texts]
+        return litellm.ModelResponse(choices=[{"index": i, "message": message} for i, message in enumerate(messages)])
 
     return ask
 
 
 def main() -> None:
     """Run lighteval with the arguments of the command line."""
+    import torch
+    from lighteval.__main__ import app
+    from lighteval.tasks.registry import Registry
+
     Registry._load_from_files = staticmethod(lambda *_: {})
     Registry._load_from_subdirs = staticmethod(lambda *_: {})
     torch.manual_seed(int(os.environ.get("CAPO_EVAL_SEED", "0")))
     if "litellm" in sys.argv:
         import litellm
 
-        litellm.completion = answering(litellm.completion)
+        litellm.completion = answering(litellm, litellm.completion, Answers(Path("answers.jsonl")))
     app()
 
 

