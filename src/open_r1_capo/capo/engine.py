@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from types import ModuleType
 
@@ -11,8 +10,7 @@ from torch import Tensor
 
 from open_r1_capo.capo import adam, native
 from open_r1_capo.capo.moments import MomentTable
-
-VARIABLE = "OPEN_R1_CAPO_ENGINE"  # torch, native or triton: use this one, whatever the device
+from open_r1_capo.capo.segments import ENGINE_VARIABLE, uses_triton
 
 
 def choose(table: MomentTable, features: Tensor, scratch_bytes: int) -> ModuleType:
@@ -29,11 +27,11 @@ def choose(table: MomentTable, features: Tensor, scratch_bytes: int) -> ModuleTy
     Raises:
         ValueError: the environment names an engine that there is not.
     """
-    wanted = os.environ.get(VARIABLE, "")
+    wanted = os.environ.get(ENGINE_VARIABLE, "")
     if wanted not in ("", "torch", "native", "triton"):
-        raise ValueError(f"{VARIABLE}: expected torch, native or triton, got {wanted!r}")
-    if wanted == "triton" or (not wanted and features.is_cuda and importlib.util.find_spec("triton")):
-        from open_r1_capo.capo import kernels  # triton is no dependency of machines without a GPU
+        raise ValueError(f"{ENGINE_VARIABLE}: expected torch, native or triton, got {wanted!r}")
+    if uses_triton(features):
+        from open_r1_capo.capo import kernels
 
         return kernels
     arithmetic = torch.promote_types(features.dtype, torch.float32)

@@ -6,12 +6,15 @@ and read where it is cheap, which is worth more than the fewer calls of larger c
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ENGINE_VARIABLE = "OPEN_R1_CAPO_ENGINE"  # torch, native or triton: use this one, whatever the device
 CACHE_BYTES = 4 * 2**20  # temporaries of one chunk on a CPU: about a core's share of its last two cache levels
 
 
@@ -29,6 +32,12 @@ def chunks(length: int, bytes_each: int, scratch_bytes: int) -> Iterator[slice]:
 def working_set(device: torch.device, scratch_bytes: int) -> int:
     """Bytes that a chunk's temporaries should take on `device`, at most `scratch_bytes`."""
     return min(scratch_bytes, CACHE_BYTES) if device.type == "cpu" else scratch_bytes
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether the kernels of `kernels.py` run on this tensor; triton is no dependency of machines without a GPU."""
+    wanted = os.environ.get(ENGINE_VARIABLE, "")
+    return wanted == "triton" or (not wanted and tensor.is_cuda and importlib.util.find_spec("triton") is not None)
 
 
 def segment_sums(offsets: Tensor, token: Tensor, coefficient: Tensor, features: Tensor, scratch_bytes: int) -> Tensor:
@@ -50,6 +59,10 @@ def segment_sums(offsets: Tensor, token: Tensor, coefficient: Tensor, features: 
             token, x.contiguous(), offsets, mode="sum", per_sample_weights=coefficient, include_last_offset=True
         )
 
+    if uses_triton(features):
+        from open_r1_capo.capo import kernels
+
+        return kernels.segment_sums(offsets, token, coefficient, features)
     if len(token) == 0:
         return coefficient.new_zeros(len(offsets) - 1, features.shape[1])
     if features.dtype == coefficient.dtype:
