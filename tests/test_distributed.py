@@ -75,7 +75,7 @@ def launch(tmp_path, tiny_policy):
 @pytest.mark.parametrize(
     "capo",
     [
-        {"mode": "mask", "max_policy_shift": 1.0, "top_k": 1000},
+        {"mode": "mask", "max_policy_shift": 4.0, "top_k": 1000},
         {"mode": "scale", "max_policy_shift": 1e-2, "denominator": "all", "top_k": 1000, "step_policy_shift": 1e-3},
     ],
     ids=["mask", "scale-planned"],
@@ -103,4 +103,4 @@ def test_two_ranks_are_one(launch, capo):
             "capo/step_scale",
             "completions",
         ):
-            assert row[name] == pytest.approx(reference[name], rel=2e-3, abs=1e-9), name
+            assert row[name] == pytest.approx(reference[name], rel=2e-3, abs=1e-6), name
