@@ -6,6 +6,7 @@ import html
 import io
 import math
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,29 @@ def _curves(rows: list[dict[str, Any]]) -> str:
     return buffer.getvalue().partition("?>")[2].partition(">")[2]  # without the XML and DOCTYPE headers
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Write the reports of finished runs again.
+
+    Args:
+        argv: run folders; None takes the process's arguments.
+
+    Returns:
+        0, or 2 if a folder holds no finished run (one sentence says which).
+    """
+    folders = [RunFolder(Path(name)) for name in (sys.argv[1:] if argv is None else argv)]
+    if not folders:
+        print("error: name a run folder: make report RUN=outputs/<recipe>/<scale>/seed<seed>", file=sys.stderr)
+        return 2
+    for folder in folders:
+        if folder.finished() is None:
+            print(f"error: {folder.path} holds no finished run (no summary.json)", file=sys.stderr)
+            return 2
+        settings = OmegaConf.to_container(OmegaConf.load(folder.config))
+        write_report(folder, settings, folder.finished())
+        print("\n".join(summary_lines(folder)))
+    return 0
+
+
 class _Panel:
     """Draws metric columns that exist."""
 
@@ -217,3 +241,7 @@ pre {{ background: #f5f7f9; padding: 1rem; overflow-x: auto; font-size: 13px; }}
 <pre>{settings}</pre>
 </body></html>
 """
+
+
+if __name__ == "__main__":
+    sys.exit(main())
