@@ -1,4 +1,4 @@
-"""CAPO's optimizer model written down as the paper counts it (Appendix H): what `open_r1_capo.capo` is measured against.
+"""CAPO's optimizer model as the paper counts it (Appendix H): what `open_r1_capo.capo` is measured against.
 
 Token gradients are (N, T, K, D) tensors, the moments are one tensor per vocabulary id in a dict. Nothing is
 handicapped: the tensors are formed once, work is done in place where that is natural, and rows are summed by one
@@ -47,7 +47,7 @@ class MaterialisedAdam:
         return torch.einsum("nkd,nd->nk", direction.view(-1, *direction.shape[2:]), x)
 
     def commit(self, batch: TokenBatch, weight: Tensor, gradients: Tensor) -> None:
-        """One step of the moments with the tokens of positive weight (N·T,), row means over the tokens holding a row."""
+        """One step of the moments with the tokens of positive weight (N·T,); a row takes the mean of its tokens."""
         self.step_count += 1
         kept = (batch.occupied & (weight > 0)[:, None]).flatten()
         flat = gradients.reshape(-1, gradients.shape[-1]) * weight.repeat_interleave(batch.token_ids.shape[1])[:, None]
