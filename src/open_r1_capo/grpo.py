@@ -247,7 +247,13 @@ def held_out(config: RunConfig, trainer: CAPOTrainer, tokenizer: PreTrainedToken
     def accuracy() -> dict[str, float]:
         policy = trainer.accelerator.unwrap_model(trainer.model)
         return held_out_accuracy(
-            policy, tokenizer, problems, reward, samples=config.evaluation.samples, temperature=trainer.temperature
+            policy,
+            tokenizer,
+            problems,
+            reward,
+            samples=config.evaluation.samples,
+            temperature=trainer.temperature,
+            max_new_tokens=trainer.max_completion_length,
         )
 
     return accuracy

@@ -207,7 +207,7 @@ class _Panel:
         axis.grid(alpha=0.25)
         positive = any(y > 0 for line in axis.get_lines() for y in line.get_ydata())
         if log and positive:
-            axis.set_yscale("log")
+            axis.set_yscale("log", nonpositive="mask")
         if low is not None:
             axis.set_ylim(bottom=low)
         if axis.get_lines():
