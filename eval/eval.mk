@@ -6,9 +6,12 @@
 EVAL_FLAGS = $(foreach name,MODEL RUN TASKS SAMPLES LIMIT DATA OUT BACKEND MAX_TOKENS TEMPERATURE TOP_P,$(if \
 	$($(name)),--$(subst _,-,$(shell echo $(name) | tr A-Z a-z)) '$($(name))'))
 
-.PHONY: eval data-check eval-gold
-eval: $(STAMP) .venv-eval/.ready $(if $(filter transformers,$(BACKEND)),,.venv-vllm/.tried) ## evaluate MODEL=… or RUN=… on the eight test sets [TASKS= SAMPLES= LIMIT= DATA= OUT= BACKEND=]
-	@$(if $(MODEL)$(RUN),,echo "eval: give MODEL=<folder or hub id> or RUN=<run folder>" >&2; exit 2;) $(BIN)/python eval/run.py $(EVAL_FLAGS)
+.PHONY: eval eval-model data-check eval-gold
+eval-model:
+	@$(if $(MODEL)$(RUN),,echo "eval: give MODEL=<folder or hub id> or RUN=<run folder>" >&2; exit 2)
+
+eval: eval-model $(STAMP) .venv-eval/.ready $(if $(filter transformers,$(BACKEND)),,.venv-vllm/.tried) ## evaluate MODEL=… or RUN=… on the eight test sets [TASKS= SAMPLES= LIMIT= DATA= OUT= BACKEND=]
+	@$(BIN)/python eval/run.py $(EVAL_FLAGS)
 
 data-check: $(STAMP) ## list training problems that are also in a test set [DATA=<folder> TRAIN=math_train_12000]
 	@$(BIN)/python eval/data_check.py $(if $(DATA),--data '$(DATA)') $(if $(TRAIN),--train '$(TRAIN)')

@@ -193,8 +193,7 @@ def prepare_data(
     present, hashes, missing = [], {}, []
     for benchmark in benchmarks:
         try:
-            # GPQA's authors ask that its text is not stored in the open: it comes from the hub only
-            rows = records(benchmark, None if benchmark.kind == "choice" else source)
+            rows = records(benchmark, source)
         except DataError as error:
             if benchmark.kind != "choice" or len(benchmarks) == 1:
                 raise

@@ -175,12 +175,23 @@ def record(benchmark: Benchmark, row: dict, index: int) -> dict:
     return {"id": str(row.get("id", index)), "problem": problem, "gold": gold, "kind": benchmark.kind}
 
 
+def _from_hub(benchmark: Benchmark) -> list[dict]:
+    try:
+        return hub_rows(benchmark.hub, benchmark.config, benchmark.split, f"DATA=<folder with {benchmark.name}.jsonl>")
+    except DataError as error:
+        if benchmark.kind != "choice":
+            raise
+        terms = f"accept the terms of {benchmark.hub} on the hub and run `hf auth login`"
+        raise DataError(f"{benchmark.title} is gated and comes from the hub only: {terms}") from error
+
+
 def records(benchmark: Benchmark, folder: str | Path | None = None) -> list[dict]:
     """Load a test set.
 
     Args:
         benchmark: The test set.
-        folder: Folder with <name>.jsonl or .parquet, or None for the hub; the lab's sets need neither.
+        folder: Folder with <name>.jsonl or .parquet, or None for the hub; the lab's sets need neither, and GPQA's
+            authors ask that its text is not stored in the open, so it comes from the hub only.
 
     Returns:
         Its records.
@@ -192,8 +203,8 @@ def records(benchmark: Benchmark, folder: str | Path | None = None) -> list[dict
         from open_r1_capo.lab.task import problems
 
         rows = problems("test", LAB_PROBLEMS, seed=LAB_SEED, variant=benchmark.hub)
-    elif folder is None:
-        rows = hub_rows(benchmark.hub, benchmark.config, benchmark.split)
+    elif folder is None or benchmark.kind == "choice":
+        rows = _from_hub(benchmark)
     else:
         if not Path(folder).is_dir():
             raise DataError(f"the data folder {folder} does not exist")

@@ -117,7 +117,7 @@ def test_offline_says_how_to_use_a_local_copy(monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(DataError, match=r"no-one/nothing could not be downloaded .*data\.path="):
+    with pytest.raises(DataError, match=r"no-one/nothing could not be downloaded .*local copy: data\.path="):
         load_problems("no-one/nothing")
 
 

@@ -204,13 +204,17 @@ def _file_rows(path: Path, split: str, stems: tuple[str, ...]) -> list[dict]:
     return read_rows(files[0])
 
 
-def hub_rows(name: str, config: str | None, split: str) -> list[dict]:
+LOCAL_COPY = "data.path=<file or folder of .jsonl or .parquet>"
+
+
+def hub_rows(name: str, config: str | None, split: str, local_copy: str = LOCAL_COPY) -> list[dict]:
     """Load a data set from the Hugging Face hub, or from its local cache.
 
     Args:
         name: The hub's name, `owner/name`.
         config: Which configuration of it, or None.
         split: Which split of it.
+        local_copy: How the user names a local copy, for the message.
 
     Returns:
         One dict a row.
@@ -228,12 +232,11 @@ def hub_rows(name: str, config: str | None, split: str) -> list[dict]:
     except datasets.exceptions.DatasetNotFoundError as error:
         gated = "gated" in str(error)
         hint = "is gated: accept its terms on the hub and run `hf auth login`" if gated else "was not found on the hub"
-        raise DataError(f"data set {name} {hint} (or use a local copy with data.path=…)") from error
+        raise DataError(f"data set {name} {hint} (or use a local copy: {local_copy})") from error
     except (OSError, ValueError) as error:  # no network: ConnectionError; no such config or split: ValueError
         if isinstance(error, OSError) or "Couldn't find cache" in str(error):
             raise DataError(
-                f"data set {name} could not be downloaded (is this machine offline?); point at a local copy with "
-                "data.path=<file or folder of .jsonl or .parquet>"
+                f"data set {name} could not be downloaded (is this machine offline?); use a local copy: {local_copy}"
             ) from error
         raise DataError(f"data set {name}: {error}") from error
 
