@@ -49,15 +49,20 @@ class MaterialisedAdam:
     def commit(self, batch: TokenBatch, weight: Tensor, gradients: Tensor) -> None:
         """One step of the moments with the tokens of positive weight (N·T,); a row takes the mean of its tokens."""
         self.step_count += 1
-        kept = (batch.occupied & (weight > 0)[:, None]).flatten()
-        flat = gradients.reshape(-1, gradients.shape[-1]) * weight.repeat_interleave(batch.token_ids.shape[1])[:, None]
-        ids, row, count = torch.unique(batch.token_ids.flatten()[kept], return_inverse=True, return_counts=True)
-        mean = flat.new_zeros(len(ids), flat.shape[1]).index_add_(0, row, flat[kept]).div_(count[:, None])
+        ids, mean = self.row_means(batch, weight, gradients)
         for key, gradient in zip(ids.tolist(), mean, strict=True):
             if key not in self.first:
                 self.first[key], self.second[key] = torch.zeros_like(gradient), torch.zeros_like(gradient)
             self.first[key].mul_(self.beta1).add_(gradient, alpha=1 - self.beta1)
             self.second[key].mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+
+    def row_means(self, batch: TokenBatch, weight: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """The ids (R,) that tokens of positive weight (N·T,) hold, and the mean of their weighted rows (R, D)."""
+        kept = (batch.occupied & (weight > 0)[:, None]).flatten()
+        flat = gradients.reshape(-1, gradients.shape[-1]) * weight.repeat_interleave(batch.token_ids.shape[1])[:, None]
+        ids, row, count = torch.unique(batch.token_ids.flatten()[kept], return_inverse=True, return_counts=True)
+        mean = flat.new_zeros(len(ids), flat.shape[1]).index_add_(0, row, flat[kept]).div_(count[:, None])
+        return ids, mean
 
     def _by_token(self, moments: dict[int, Tensor], token_ids: Tensor, gradients: Tensor) -> Tensor:
         """The moments of every support id of every token: (N, T, K, D)."""
