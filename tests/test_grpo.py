@@ -289,3 +289,12 @@ def test_problems_from_a_local_file(tmp_path, lab_policy):
         *command(tmp_path / "out", lab_policy, f"data.path={tmp_path}/mine.jsonl", "data.name=null", "max_steps=1")
     )
     assert "training reward" in out
+
+
+def test_wandb_offline_stays_inside_the_folder(tmp_path, lab_policy):
+    """Without a key the run is recorded offline, beside the metrics."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    run(*command(tmp_path, lab_policy, "report_to=wandb", "max_steps=2"), env=environment, cwd=tmp_path)
+    folder = tmp_path / "capo_aggressive" / "lab" / "seed0"
+    assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
+    assert {path.name for path in tmp_path.iterdir()} == {"capo_aggressive"}

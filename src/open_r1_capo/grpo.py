@@ -100,6 +100,10 @@ def train(settings: dict[str, Any]) -> None:
     for note in notes if main_process else []:
         print(f"{note}; going on from {resume or 'the beginning'}", file=sys.stderr)
 
+    os.environ.setdefault("WANDB_DIR", str(folder.path))  # nothing outside the run's folder
+    os.environ.setdefault("WANDB_PROJECT", "open-r1-capo")
+    args.run_name = args.run_name or f"{config.recipe}-{config.scale}-seed{args.seed}"
+
     # --- training ----------------------------------------------------------------------------------------------------
     trainer = make_trainer(config, args, rewards, model, tokenizer, dataset)
     accuracy = held_out(config, trainer, tokenizer) if config.evaluation.problems else None
