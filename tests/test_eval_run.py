@@ -12,8 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-EVAL = Path(__file__).parents[1] / "eval"
-sys.path.insert(0, str(EVAL))
+sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
 
 import backends
 import lighteval_offline
@@ -24,6 +23,7 @@ import series
 import server
 from open_r1_capo.data import SYSTEM_PROMPT, make_prompt
 
+EVAL = Path(run.__file__).parent
 SERVER = """
 import http.server, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -98,14 +98,13 @@ def test_server_is_gone_after_a_signal_to_the_evaluation(tmp_path, sign, code):
 def test_server_that_stops_or_never_answers_shows_its_log(tmp_path):
     log = tmp_path / "log"
     dying = [sys.executable, "-c", "print('x' * 9); raise SystemExit('torch.OutOfMemoryError: CUDA out of memory')"]
-    with pytest.raises(server.EvalError, match=r"exit code 1 before it was ready for lack of memory") as raised:
-        with server.serve(dying, "http://127.0.0.1:9/health", log):
-            pass
+    nowhere = "http://127.0.0.1:9/health"
+    with pytest.raises(server.EvalError, match="exit code 1 before it was ready for lack of memory") as raised:
+        server.serve(dying, nowhere, log).__enter__()
     assert "CUDA out of memory" in str(raised.value)
     waiting = [sys.executable, "-u", "-c", "import time; print('loading'); time.sleep(600)"]
-    with pytest.raises(server.EvalError, match=r"was not ready after 1 s; the end of .*log:\nloading"):
-        with server.serve(waiting, "http://127.0.0.1:9/health", log, startup=1.5):
-            pass
+    with pytest.raises(server.EvalError, match=r"was not ready after 2 s; the end of .*log:\nloading"):
+        server.serve(waiting, nowhere, log, startup=2).__enter__()
 
 
 @pytest.mark.parametrize(
@@ -141,10 +140,7 @@ def engine(monkeypatch, tiny_policy, tmp_path):
         calls.append([benchmark.name for benchmark in benchmarks])
 
     def details(job, benchmark):
-        return [
-            {"id": "0", "accuracy": 0.5, "answers": ["1", "2"]},
-            {"id": "1", "accuracy": 1.0, "answers": ["3", "4"]},
-        ]
+        return [{"id": str(i), "accuracy": share, "answers": ["1", "2"]} for i, share in enumerate((0.5, 1.0))]
 
     monkeypatch.setattr(run, "run_vllm", generate)
     monkeypatch.setattr(run, "run_transformers", generate)
@@ -248,12 +244,10 @@ def test_mistakes_are_one_sentence_and_exit_code_2(engine, tmp_path, capsys, arg
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--samples", "0"], ["--top-p", "0"], ["--temperature", "-1"], ["--limit", "-3"]]
-)
-def test_settings_out_of_range(arguments):
+@pytest.mark.parametrize("argument", ["--samples=0", "--top-p=0", "--temperature=-1", "--limit=-3"])
+def test_settings_out_of_range(argument):
     with pytest.raises(SystemExit) as raised:
-        run.main(["--model", "x", *arguments])
+        run.main(["--model", "x", argument])
     assert raised.value.code == 2
 
 
@@ -320,29 +314,14 @@ def test_requests_are_answered_once_and_empty_answers_stay(tmp_path):
 
 
 def test_lighteval_gets_the_template_of_training(tiny_policy, tmp_path):
-    job = backends.Job(
-        *(
-            model.resolve(str(tiny_policy)),
-            backends.Sampling(),
-            SYSTEM_PROMPT,
-            tmp_path,
-            tmp_path,
-            None,
-            None,
-            "python",
-        )
-    )
+    policy = model.resolve(str(tiny_policy))
+    job = backends.Job(policy, backends.Sampling(), SYSTEM_PROMPT, tmp_path, tmp_path, None, None, "python")
     parameters = json.loads(backends.model_yaml(job, port=1))["model_parameters"]
-    assert [
-        {"role": "system", "content": parameters["system_prompt"]},
-        {"role": "user", "content": "p"},
-    ] == make_prompt("p", SYSTEM_PROMPT)
-    assert parameters["generation_parameters"] == {
-        "temperature": 0.6,
-        "top_p": 0.95,
-        "max_new_tokens": 3072,
-        "seed": 0,
-    }
+    # lighteval's prompt manager makes a system turn of this, and a user turn of the document's query
+    turns = [{"role": "system", "content": parameters["system_prompt"]}, {"role": "user", "content": "p"}]
+    assert turns == make_prompt("p", SYSTEM_PROMPT)
+    expected = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 3072, "seed": 0}
+    assert parameters["generation_parameters"] == expected
 
 
 def test_transformers_view_samples_from_everything(tiny_policy, tmp_path):
