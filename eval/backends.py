@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from model import Model
-from server import EvalError, free_port, gpu_memory, serve, tail, vllm_command, vllm_environment
+from server import (
+    EvalError,
+    die_with_parent,
+    failure,
+    free_port,
+    gpu_memory,
+    serve,
+    tail,
+    vllm_command,
+    vllm_environment,
+)
 from suite import Benchmark
 
 HERE = Path(__file__).parent
@@ -125,13 +138,25 @@ def environment(job: Job) -> Mapping[str, str]:
     return os.environ | ours
 
 
-def call_lighteval(job: Job, benchmarks: Sequence[Benchmark], port: int | None) -> None:
+def _watch(process: subprocess.Popen, server: subprocess.Popen | None, folder: Path) -> int:
+    """Wait for lighteval, but not if its server is gone: it would try every request again and again."""
+    while process.poll() is None:
+        if server and server.poll() is not None:
+            raise failure(folder / "server.log", f"stopped with exit code {server.returncode} in the evaluation")
+        time.sleep(0.5)
+    return process.returncode
+
+
+def call_lighteval(
+    job: Job, benchmarks: Sequence[Benchmark], port: int | None, server: subprocess.Popen | None = None
+) -> None:
     """Run lighteval once.
 
     Args:
         job: The call.
         benchmarks: The test sets.
         port: Port of the vLLM server, or None for transformers.
+        server: The server's process.
 
     Raises:
         EvalError: If it fails, or if answers are missing.
@@ -152,12 +177,14 @@ def call_lighteval(job: Job, benchmarks: Sequence[Benchmark], port: int | None) 
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=die_with_parent,
         )
-        try:
-            code = process.wait()
-        finally:
-            process.kill()
-            process.wait()
+    try:
+        code = _watch(process, server, job.folder)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     if code:
         raise EvalError(f"lighteval failed with exit code {code}; the end of {log}:\n{tail(log)}")
     if FAILED in log.read_text(errors="replace"):
@@ -204,8 +231,8 @@ def run_vllm(job: Job, benchmarks: Sequence[Benchmark], python: str) -> None:
     memory, port = gpu_memory(), free_port()
     command = vllm_command(python, job.model.folder, port, memory, max_length=None)
     log = job.folder / "server.log"
-    with serve(command, f"http://127.0.0.1:{port}/health", log, vllm_environment(on_cpu=not memory)):
-        call_lighteval(job, benchmarks, port)
+    with serve(command, f"http://127.0.0.1:{port}/health", log, vllm_environment(on_cpu=not memory)) as server:
+        call_lighteval(job, benchmarks, port, server)
 
 
 def run_transformers(job: Job, benchmarks: Sequence[Benchmark]) -> None:

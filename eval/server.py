@@ -104,6 +104,9 @@ def vllm_command(python: str, model: Path, port: int, memory: Sequence[int], max
         return [*command, "--tensor-parallel-size", str(tensor), "--data-parallel-size", str(data)]
     # `auto` would turn float32 into bfloat16; compiling takes longer than a CPU-sized evaluation
     dtype = "float32" if config.get("dtype", config.get("torch_dtype")) in (None, "float32") else "auto"
+    # a seeded request whose prompt is split over two steps crashes the CPU engine (it rewinds its random generator)
+    whole = str(max(8192, max_length or config.get("max_position_embeddings") or 0))
+    command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", whole]
     return [*command, "--dtype", dtype, "--enforce-eager"]
 
 
@@ -125,8 +128,8 @@ def vllm_environment(on_cpu: bool) -> dict[str, str]:
     return os.environ | quiet | (cpu if on_cpu else {})
 
 
-def _die_with_parent() -> None:
-    """Ask the kernel to end this process when its parent dies, even by SIGKILL (Linux only)."""
+def die_with_parent() -> None:
+    """Ask the kernel to end this process when its parent dies, even by SIGKILL (Linux only); for `preexec_fn`."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
@@ -224,7 +227,7 @@ def serve(
             stdin=subprocess.DEVNULL,
             env=environment,
             start_new_session=True,  # Ctrl-C reaches it through stop() only, and stop() reaches all its children
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
     try:
         _wait(process, url, log, startup)
