@@ -9,12 +9,14 @@ authors' modules too.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
+import training
 from common import Shape, everyone, exponent, in_child, save, timed
 from contenders import build
 from open_r1_capo.capo import AdamStep
@@ -48,7 +50,7 @@ def side_by_side(shape: Shape, names: list[str], repeats: int) -> dict[str, dict
         name: {
             "propose": times[f"{name}/propose"],
             "commit": times[f"{name}/commit"],
-            **in_child(str(HERE / "contenders.py"), name),
+            **in_child(str(HERE / "contenders.py"), name, json.dumps(asdict(shape))),
         }
         for name in names
     }
@@ -137,6 +139,10 @@ def print_table(result: dict) -> None:
     rows = result["moments"]
     sizes = ", ".join(f"{size / 1e6:.1f} MB" for size in rows["bytes"])
     print(f"| moments' bytes with rows | {sizes} | {rows['exponent']:.2f} |")
+    for policy, variants in result.get("training step", {}).items():
+        print(f"\n| training step, {policy} | wall ms | cpu ms | × off |\n|---|--:|--:|--:|")
+        for variant, entry in variants.items():
+            print(f"| {variant} | {entry['wall_ms']:.0f} | {entry['cpu_ms']:.0f} | {entry['ratio']:.3f} |")
 
 
 def main() -> None:
@@ -157,6 +163,8 @@ def main() -> None:
         "growth": growth(base, arguments.repeats),
         "moments": table_growth(base),
     }
+    if not arguments.quick:
+        result["training step"] = {"lab policy": training.compare(None, 6, 2), "D = 896": training.compare(896, 2, 2)}
     print_table(result)
     if not arguments.quick:
         save("bench", result)

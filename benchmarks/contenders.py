@@ -108,7 +108,8 @@ def build(name: str, shape: Shape) -> Ours | Materialised:
 def main() -> None:
     """Print the MB that a proposal and a commit need beyond what was there, moments with all rows included."""
     torch.set_num_threads(1)
-    shape, contender = Shape(), build(sys.argv[1], Shape())
+    shape = Shape(**json.loads(sys.argv[2]))
+    contender = build(sys.argv[1], shape)
     small = build(sys.argv[1], Shape(tokens=8, length=4, dim=64))  # libraries load before the measurement
     tiny = Shape(tokens=8, length=4, dim=64).batch(0)
     small.commit(tiny)
