@@ -39,7 +39,7 @@ class Sampling:
         temperature: Divides the logits; 0 is greedy.
         top_p: Share of the probability that is sampled from.
         max_tokens: Longest answer, in tokens.
-        seed: Of each request.
+        seed: Of the evaluation; every request has its own, made of this one and the prompt.
     """
 
     temperature: float = 0.6
@@ -84,7 +84,7 @@ def model_yaml(job: Job, port: int | None) -> str:
         The text of the file.
     """
     generation = {"temperature": job.sampling.temperature, "top_p": job.sampling.top_p}
-    generation |= {"max_new_tokens": job.sampling.max_tokens, "seed": job.sampling.seed}
+    generation |= {"max_new_tokens": job.sampling.max_tokens}  # no seed here: see lighteval_offline.py
     # lighteval's own cache of samples does not notice changed data; that of requests (lighteval_offline.py) does
     common = {"system_prompt": job.system_prompt or None, "cache_dir": str(job.folder / "lighteval-cache")}
     if port is None:

@@ -2,13 +2,15 @@
 
     .venv-eval/bin/python eval/lighteval_offline.py endpoint litellm MODEL.yaml TASKS --custom-tasks eval/tasks.py
 
-Four differences to `lighteval` itself (0.13.0):
+Five differences to `lighteval` itself (0.13.0):
 1. Its own tasks are not imported: that takes half a minute, and one of them downloads a file.
 2. An answer that is empty stays an answer. lighteval asks for it again, and if the first of several answers to a
    problem is still empty, it drops the others.
 3. A prompt that leaves less room than the wanted number of tokens gets the room that there is, instead of an error.
 4. Answers are kept in answers.jsonl of the working folder, one line a request, and an equal request is not sent again.
    litellm's own cache would need packages that it does not declare, and lighteval's knows neither prompts nor data.
+5. Each request has a seed of its own, made of CAPO_EVAL_SEED and the prompt. One seed for all would draw the same
+   random numbers for every problem, so that the problems' errors are correlated and all standard errors too small.
 """
 
 from __future__ import annotations
@@ -78,20 +80,34 @@ class Answers:
             file.write(json.dumps({"key": key, "texts": texts}) + "\n")
 
 
-def answering(litellm: object, completion: Callable, answers: Answers) -> Callable:
-    """Wrap litellm's completion function with differences 2 to 4.
+def prompt_seed(seed: int, messages: list[dict]) -> int:
+    """Make the seed of one request.
+
+    Args:
+        seed: Of the evaluation.
+        messages: The prompt.
+
+    Returns:
+        A number below 2³¹.
+    """
+    return int(hashlib.sha256(json.dumps([seed, messages]).encode()).hexdigest()[:8], 16) >> 1
+
+
+def answering(litellm: object, completion: Callable, answers: Answers, seed: int = 0) -> Callable:
+    """Wrap litellm's completion function with differences 2 to 5.
 
     Args:
         litellm: The module.
         completion: Its function.
         answers: Those of earlier requests.
+        seed: Of the evaluation.
 
     Returns:
         A function with the same arguments and result.
     """
 
     def ask(**request: object) -> object:
-        request["caching"] = False
+        request |= {"caching": False, "seed": prompt_seed(seed, request["messages"])}
         key = Answers.key(request)
         texts = answers.get(key)
         if texts is None:
@@ -117,11 +133,12 @@ def main() -> None:
 
     Registry._load_from_files = staticmethod(lambda *_: {})
     Registry._load_from_subdirs = staticmethod(lambda *_: {})
-    torch.manual_seed(int(os.environ.get("CAPO_EVAL_SEED", "0")))
+    seed = int(os.environ.get("CAPO_EVAL_SEED", "0"))
+    torch.manual_seed(seed)
     if "litellm" in sys.argv:
         import litellm
 
-        litellm.completion = answering(litellm, litellm.completion, Answers(Path("answers.jsonl")))
+        litellm.completion = answering(litellm, litellm.completion, Answers(Path("answers.jsonl")), seed)
     app()
 
 

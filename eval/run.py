@@ -300,7 +300,8 @@ def evaluate(model: Model, options: argparse.Namespace, out: Path) -> dict:
     sampling = Sampling(options.temperature, options.top_p, options.max_tokens or longest, options.seed)
     identity = {"model": model.fingerprint, "template": prompt_template_hash(model.system_prompt)}
     generating, scoring = versions(backend)
-    identity |= {"sampling": asdict(sampling), "backend": backend, "versions": generating}
+    launcher = hashlib.sha256((HERE / "lighteval_offline.py").read_bytes()).hexdigest()[:16]
+    identity |= {"sampling": asdict(sampling), "backend": backend, "versions": generating, "launcher": launcher}
     shared = identity | {"scoring": [scoring_sources(), scoring], "limit": options.limit}
     samples = {b.name: options.samples or b.samples for b in present}
     keys = {b.name: digest([shared, hashes[b.name], samples[b.name]]) for b in present}

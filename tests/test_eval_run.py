@@ -313,6 +313,12 @@ def test_requests_are_answered_once_and_empty_answers_stay(tmp_path):
     assert len(sent) == 6
 
 
+def test_every_prompt_has_its_own_seed():
+    seeds = [lighteval_offline.prompt_seed(seed, make_prompt(p, None)) for seed in (0, 1) for p in "pq"]
+    assert len(set(seeds)) == 4
+    assert seeds[0] == lighteval_offline.prompt_seed(0, make_prompt("p", None)) < 2**31
+
+
 def test_lighteval_gets_the_template_of_training(tiny_policy, tmp_path):
     policy = model.resolve(str(tiny_policy))
     job = backends.Job(policy, backends.Sampling(), SYSTEM_PROMPT, tmp_path, tmp_path, None, None, "python")
@@ -320,7 +326,7 @@ def test_lighteval_gets_the_template_of_training(tiny_policy, tmp_path):
     # lighteval's prompt manager makes a system turn of this, and a user turn of the document's query
     turns = [{"role": "system", "content": parameters["system_prompt"]}, {"role": "user", "content": "p"}]
     assert turns == make_prompt("p", SYSTEM_PROMPT)
-    expected = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 3072, "seed": 0}
+    expected = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 3072}
     assert parameters["generation_parameters"] == expected
 
 
