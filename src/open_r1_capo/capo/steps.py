@@ -36,7 +36,7 @@ class _Step:
     @torch.no_grad()
     def accumulate(self, batch: TokenBatch, weight: Tensor) -> None:
         """Add a micro-batch of the coming step: N tokens with their weights (N,) in [0, 1]."""
-        self._check(batch)
+        self._check(batch, weight)
         part = row_gradient(batch, weight, self.scratch_bytes)
         self._collected = [merge([*self._collected, part])]
 
@@ -55,10 +55,12 @@ class _Step:
             reduce: sums the gradient over the ranks; called once.
 
         Raises:
-            ValueError: nothing was accumulated and no batch is given.
+            ValueError: nothing was accumulated and no batch is given, or a batch without weights.
         """
+        if batch is not None and weight is None:
+            raise ValueError(f"weight: expected shape {(len(batch),)}, got None")
         if batch is not None and not self._collected and reduce is None:
-            self._check(batch)
+            self._check(batch, weight)
             self.step_count += 1
             self._apply_batch(batch, weight)
             return
@@ -122,9 +124,10 @@ class _Step:
         z[occupied] = dots[inverse]
         return z
 
-    def _check(self, batch: TokenBatch) -> None:
-        """Raise ValueError for a batch that does not fit the model."""
+    def _check(self, batch: TokenBatch, weight: Tensor | None = None) -> None:
+        """Raise ValueError for a batch that does not fit the model, or weights that do not fit the batch."""
         batch.validate(None)
+        _check_weight(batch, weight)
 
     def _apply_batch(self, batch: TokenBatch, weight: Tensor) -> None:
         """Step with one batch and nothing else."""
@@ -222,6 +225,11 @@ class AdamStep(_Step):
         self.rule = adam.AdamRule(beta1, beta2, eps, moment_average, absent_rows)
         self.table = MomentTable(vocab_size, dim)
 
+    def to(self, dtype: torch.dtype) -> AdamStep:
+        """Keep the moments in `dtype`, float32 or float64, whatever the batches' (`MomentTable.convert`)."""
+        self.table.convert(dtype)
+        return self
+
     @torch.no_grad()
     def planned(self, batch: TokenBatch) -> Tensor:
         """z of the step that the committed moments take (before the first commit: 0).
@@ -255,17 +263,21 @@ class AdamStep(_Step):
         Raises:
             ValueError: the state has other settings (each difference is named), or moments that cannot be.
         """
-        _check_settings(self.state_dict()["settings"], state["settings"])
         names = ("token_ids", "first_moment", "second_moment", "last_step")
+        missing = [name for name in ("settings", "step_count", *names) if name not in state]
+        if missing:
+            raise ValueError(f"the saved optimizer model lacks {', '.join(missing)}")
+        _check_settings(self.state_dict()["settings"], state["settings"])
         self.table.restore(*(state[name] for name in names))
         self.step_count = int(state["step_count"])
 
-    def _check(self, batch: TokenBatch) -> None:
-        """Check the batch against the model and follow its device.
+    def _check(self, batch: TokenBatch, weight: Tensor | None = None) -> None:
+        """Check the batch against the model and the weights against the batch, and follow its device.
 
         Raises:
             ValueError: the batch has another width, or values that cannot be.
         """
+        _check_weight(batch, weight)
         if batch.features.shape[1] != self.dim:
             raise ValueError(f"features: expected width {self.dim}, got {batch.features.shape[1]}")
         batch.validate(self.vocab_size)
@@ -296,6 +308,11 @@ class AdamStep(_Step):
             self.step_count,
             self.scratch_bytes,
         )
+
+
+def _check_weight(batch: TokenBatch, weight: Tensor | None) -> None:
+    if weight is not None and tuple(weight.shape) != (len(batch),):
+        raise ValueError(f"weight: expected shape {(len(batch),)}, got {tuple(weight.shape)}")
 
 
 def _check_settings(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
