@@ -104,9 +104,8 @@ def main(folder: str, count: int = 10_000, hostile: int = 50, workers: int = 2) 
     verdicts = pool.verify(real)
     seconds = time.perf_counter() - started
     print(f"pool of {workers}: {count} pairs in {seconds:.1f} s, {count / seconds:.0f} a second, {dict(pool.counts)}")
-    print(
-        f"right {sum(v is True for v in verdicts)}, wrong {sum(v is False for v in verdicts)}, None {verdicts.count(None)}"
-    )
+    right, wrong = (sum(verdict is value for verdict in verdicts) for value in (True, False))
+    print(f"right {right}, wrong {wrong}, gold not parsable {verdicts.count(None)}")
 
     part = random.Random(0).sample(range(count), min(1000, count))
     alone, alone_seconds = one_process([real[i] for i in part])
@@ -124,9 +123,8 @@ def main(folder: str, count: int = 10_000, hostile: int = 50, workers: int = 2) 
     again = fresh.verify(mixed)
     thread.join()
     changed = [i for i in range(count) if i not in set(places) and again[i] != verdicts[i]]
-    print(
-        f"with {hostile} hostile answers and a killed worker: {time.perf_counter() - started:.1f} s, {dict(fresh.counts)}"
-    )
+    took = time.perf_counter() - started
+    print(f"with {hostile} hostile answers and a killed worker: {took:.1f} s, {dict(fresh.counts)}")
     print(f"results {len(again)}, changed {len(changed)}, hostile scored {sum(again[i] is True for i in places)}")
 
 
