@@ -20,12 +20,16 @@ from open_r1_capo.capo.adam import AdamRule, fold, resting
 from open_r1_capo.capo.last_layer import TokenBatch, row_entries
 from open_r1_capo.capo.moments import MomentTable
 
+INTERFACE = 1  # of native.c; a library that was built before its arguments changed is passed over
+
 
 def _load() -> ctypes.CDLL | None:
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_native{suffix}")
         if path.exists():
-            return ctypes.CDLL(str(path))
+            library = ctypes.CDLL(str(path))
+            library.native_interface.restype = ctypes.c_int64
+            return library if library.native_interface() == INTERFACE else None
     return None
 
 
