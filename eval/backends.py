@@ -162,7 +162,7 @@ def call_lighteval(
         EvalError: If it fails, or if answers are missing.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
-    config, log = job.folder / "model.yaml", job.folder / "lighteval.log"
+    config, log = job.folder / "model.yaml", job.folder / f"lighteval-{benchmarks[0].name}.log"
     config.write_text(model_yaml(job, port))
     command = [job.python, str(HERE / "lighteval_offline.py")]
     command += ["accelerate"] if port is None else ["endpoint", "litellm"]
@@ -209,7 +209,7 @@ def read_details(job: Job, benchmark: Benchmark) -> list[dict]:
     details = (job.folder / "out" / "details").rglob("*.parquet")
     found = [file for file in details if f"_{benchmark.task}|" in file.name]
     if not found:
-        raise EvalError(f"lighteval wrote no details of {benchmark.name}; see {job.folder / 'lighteval.log'}")
+        raise EvalError(f"lighteval wrote no details of {benchmark.name}; see the logs in {job.folder}")
     rows = pyarrow.parquet.read_table(max(found, key=lambda file: file.stat().st_mtime)).to_pylist()
     problems = []
     for row in rows:
@@ -218,6 +218,22 @@ def read_details(job: Job, benchmark: Benchmark) -> list[dict]:
         accuracy = None if share is None or share != share else float(share)  # NaN: no parsable gold answer
         problems.append({"id": row["doc"]["specific"]["id"], "accuracy": accuracy, "answers": answers})
     return problems
+
+
+def by_samples(job: Job, benchmarks: Sequence[Benchmark]) -> list[list[Benchmark]]:
+    """Group test sets by their number of answers: in one call, lighteval asks for as many as the first problem needs.
+
+    Args:
+        job: The call.
+        benchmarks: The test sets.
+
+    Returns:
+        The groups.
+    """
+    groups: dict[int, list[Benchmark]] = {}
+    for benchmark in benchmarks:
+        groups.setdefault(job.samples or benchmark.samples, []).append(benchmark)
+    return list(groups.values())
 
 
 def run_vllm(job: Job, benchmarks: Sequence[Benchmark], python: str) -> None:
@@ -232,7 +248,8 @@ def run_vllm(job: Job, benchmarks: Sequence[Benchmark], python: str) -> None:
     command = vllm_command(python, job.model.folder, port, memory, max_length=None)
     log = job.folder / "server.log"
     with serve(command, f"http://127.0.0.1:{port}/health", log, vllm_environment(on_cpu=not memory)) as server:
-        call_lighteval(job, benchmarks, port, server)
+        for group in by_samples(job, benchmarks):
+            call_lighteval(job, group, port, server)
 
 
 def run_transformers(job: Job, benchmarks: Sequence[Benchmark]) -> None:

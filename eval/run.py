@@ -217,7 +217,7 @@ def count_tokens(model: Model) -> Callable[[list[str]], list[int]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model.folder)
-    # one more for the end-of-text token, which is generated but not part of the text
+    # one more for the end-of-text token, which is generated but not part of the text; lighteval reports no counts
     return lambda texts: [len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
@@ -260,7 +260,8 @@ def run_tasks(job: Job, todo: dict[str, Benchmark], keys: dict[str, str], backen
         for benchmark in group:
             problems = read_details(job, benchmark)
             for problem in problems:
-                problem["tokens"] = count(problem.pop("answers"))
+                counts = count(problem.pop("answers"))
+                problem["tokens"] = [min(tokens, job.sampling.max_tokens) for tokens in counts]
             outcome = {"key": keys[benchmark.name], "problems": problems}
             results.write_atomically(out / "tasks" / f"{benchmark.name}.json", json.dumps(outcome))
 

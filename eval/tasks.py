@@ -7,7 +7,8 @@ r"""The eight test sets as lighteval custom tasks (lighteval 0.13).
 MODEL.yaml holds the address of the model, the sampling, and the system prompt; `make eval` leaves the one it used
 beside its results. Two environment variables change the tasks:
 CAPO_EVAL_DATA=<folder> reads <folder>/<task>.jsonl or <folder>/<task>/test.jsonl instead of the hub, the lab's sets
-(`capo:lab_…`) among them, and CAPO_EVAL_SAMPLES=<n> asks for n answers a problem.
+(`capo:lab_…`) among them, and CAPO_EVAL_SAMPLES=<n> asks for n answers a problem. Without it, AMC and AIME ask for 16
+and need a call of their own: lighteval asks for as many answers to every problem as the first one needs.
 
 Answers are verified by this project's own environment (`make install`), or the interpreter CAPO_EVAL_PYTHON names:
 lighteval 0.13 insists on a version of latex2sympy2_extended that math-verify 0.9 cannot use.
@@ -71,7 +72,8 @@ class MeanAccuracy(SamplingMetric, SampleLevelComputation):
         texts = [(response.text or [])[: self.n] for response in responses]
         short = sum(len(answers) < self.n for answers in texts)
         if short:
-            raise ValueError(f"{short} of {len(docs)} problems have fewer than {self.n} answers")
+            hint = "test sets with different numbers need a call each, see CAPO_EVAL_SAMPLES"
+            raise ValueError(f"{short} of {len(docs)} problems have fewer than {self.n} answers ({hint})")
         items = [
             (doc.specific["kind"], doc.choices[0], answer)
             for doc, answers in zip(docs, texts, strict=True)

@@ -1,5 +1,6 @@
 """The evaluation's engine: the server's life, stale results, resuming, checkpoint series, and mistakes of users."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -328,6 +329,16 @@ def test_lighteval_gets_the_template_of_training(tiny_policy, tmp_path):
     assert turns == make_prompt("p", SYSTEM_PROMPT)
     expected = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 3072}
     assert parameters["generation_parameters"] == expected
+
+
+def test_calls_are_grouped_by_the_number_of_answers(tiny_policy, tmp_path):
+    import suite
+
+    policy = model.resolve(str(tiny_policy))
+    job = backends.Job(policy, backends.Sampling(), "", tmp_path, tmp_path, None, None, "python")
+    names = [[benchmark.name for benchmark in group] for group in backends.by_samples(job, suite.OPEN)]
+    assert names == [[b.name for b in suite.OPEN[:5]], ["amc23", "aime24", "aime25"]]
+    assert len(backends.by_samples(dataclasses.replace(job, samples=2), suite.OPEN)) == 1
 
 
 def test_transformers_view_samples_from_everything(tiny_policy, tmp_path):
