@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from open_r1_capo.capo.adam import AdamRule, fold, resting
-from open_r1_capo.capo.last_layer import TokenBatch, row_entries
+from open_r1_capo.capo.last_layer import NO_ID, TokenBatch, row_entries
 from open_r1_capo.capo.moments import MomentTable
+from open_r1_capo.capo.segments import CACHE_BYTES
 
-INTERFACE = 1  # of native.c; a library that was built before its arguments changed is passed over
+INTERFACE = 2  # of native.c; a library that was built before its arguments changed is passed over
 
 
 def _load() -> ctypes.CDLL | None:
@@ -45,8 +46,9 @@ def propose(rule: AdamRule, table: MomentTable, batch: TokenBatch, step: int, sc
     """As `adam.propose`."""
     row = table.row_of[batch.token_ids]
     pull, push, eps, scale = fold(rule, table, row, batch.coefficient, step)
-    order, z = torch.argsort(row.flatten(), stable=True), torch.empty_like(pull)
+    z = torch.empty_like(pull)
     features = batch.features.to(z.dtype).contiguous()
+    order = torch.argsort(_by_block_and_row(table, row, features), stable=True)
     tensors = (order, row, table.first, table.second, features, pull, push, eps.contiguous(), z)
     _run("propose", z.dtype, _even(len(order)), (row.shape[1], features.shape[1]), lambda: tensors)
     return z.mul_(scale)
@@ -64,26 +66,35 @@ def commit(rule: AdamRule, table: MomentTable, batch: TokenBatch, weight: Tensor
     tensors = (entries.coefficient, batch.features.to(dtype), divisor, keep1, keep2, add)
     inputs = (row, entries.offsets, entries.token, *(tensor.contiguous() for tensor in tensors))
     tables = (table.first, table.second)
-    _run("commit", dtype, _by_work(entries.offsets), (dim,), lambda: (*inputs, add.new_empty(dim), *tables))
+    width = max(64, CACHE_BYTES // (max(1, len(batch)) * dtype.itemsize))
+    _run("commit", dtype, _by_work(entries.offsets), (dim, width), lambda: (*inputs, add.new_empty(dim), *tables))
     table.last_step[row] = step
 
 
 def planned(rule: AdamRule, table: MomentTable, batch: TokenBatch, step: int, scratch: int) -> Tensor:
     """As `adam.planned`."""
     dtype, dim = table.first.dtype, table.first.shape[1]
-    ordered, order = torch.sort(table.row_of[batch.token_ids].flatten(), stable=True)
+    features = batch.features.to(dtype).contiguous()
+    ordered, order = torch.sort(_by_block_and_row(table, table.row_of[batch.token_ids], features), stable=True)
     used, length = torch.unique_consecutive(ordered, return_counts=True)
-    used, offsets = used.long(), torch.cat([length.new_zeros(1), length.cumsum(0)])
+    used, offsets = (used % table.rows).long(), torch.cat([length.new_zeros(1), length.cumsum(0)])
     decay1, decay2 = (decay.expand(len(used)) for decay in rule.decays(table, used, step))
     scale1 = (decay1 / (1 - rule.beta1**step)).masked_fill_(resting(rule, table, used, step), 0)
     scale2 = decay2 / (1 - rule.beta2**step)
     eps = scale1.new_tensor([rule.eps])
     z = table.first.new_empty(batch.token_ids.shape)
-    inputs = (used, offsets, order, batch.features.to(dtype).contiguous(), scale1, scale2, eps)
+    inputs = (used, offsets, order, features, scale1, scale2, eps)
     outputs = (table.first, table.second, z)
     shape = (z.shape[1], dim)
     _run("planned", dtype, _by_work(offsets), shape, lambda: (*inputs, eps.new_empty(dim), *outputs))
     return z
+
+
+def _by_block_and_row(table: MomentTable, row: Tensor, features: Tensor) -> Tensor:
+    """(N·K,) keys that sort entries by row, to read its moments once, within tokens whose features fit a cache."""
+    block = torch.arange(len(row)) // max(1, CACHE_BYTES // (features.shape[1] * features.element_size()))
+    key = block[:, None] * table.rows + row
+    return (key.int() if len(row) and int(block[-1] + 1) * table.rows < NO_ID else key).flatten()
 
 
 def _run(
