@@ -97,8 +97,8 @@ def train(settings: dict[str, Any]) -> None:
         main_process = args.process_index == 0
         opened = folder.open(settings, config.overwrite) if main_process else newest_complete(folder.checkpoints)
     resume, notes = opened
-    for note in notes if main_process else []:
-        print(f"{note}; going on from {resume or 'the beginning'}", file=sys.stderr)
+    for note in notes:
+        say(f"{note}; going on from {resume or 'the beginning'}")
 
     os.environ.setdefault("WANDB_DIR", str(folder.path))  # nothing outside the run's folder
     os.environ.setdefault("WANDB_PROJECT", "open-r1-capo")
@@ -111,7 +111,7 @@ def train(settings: dict[str, Any]) -> None:
     before = accuracy() if accuracy else None
     start = time.time()
     if resume:
-        print(f"going on from {resume}", file=sys.stderr)
+        say(f"going on from {resume}")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if not main_process:
         return
@@ -272,6 +272,12 @@ def explain(error: Exception) -> str | None:
     if full or "PytorchStreamWriter failed" in text:
         return "the disk is full: make room, then the same command goes on from the last complete checkpoint"
     return None
+
+
+def say(text: str) -> None:
+    """Tell the user something once, whatever the number of processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def quiet() -> None:
