@@ -164,10 +164,12 @@ def claim(folder: Path, model: Model) -> None:
     path = folder / "model.json"
     if path.exists():
         owner = json.loads(path.read_text())
-        if owner["folder"] != str(model.folder) and owner["fingerprint"] != model.fingerprint:
+        # a hub id or `lab` may come from another folder after an update
+        known = owner["name"] == model.name or owner["folder"] == str(model.folder)
+        if not known and owner["fingerprint"] != model.fingerprint:
             raise EvalError(f"{folder} holds results of another model, {owner['name']}: choose another OUT=<folder>")
         if owner["fingerprint"] != model.fingerprint:
-            print(f"eval: the weights in {model.folder} have changed: evaluating anew", file=sys.stderr)
+            print(f"eval: the weights of {model.name} have changed: evaluating anew", file=sys.stderr)
     elif folder.exists() and any(folder.iterdir()):
         raise EvalError(f"{folder} is not empty and no results folder: choose another OUT=<folder>")
     facts = {"name": model.name, "folder": str(model.folder), "fingerprint": model.fingerprint}

@@ -187,7 +187,7 @@ def test_second_call_reuses_what_is_unchanged_and_nothing_else(engine, capsys):
     weights.write_bytes(content)
     os.utime(weights, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert engine.evaluate("--temperature", "0.7", "--limit", "1") == (0, [both])
-    assert "the weights in" in capsys.readouterr().err
+    assert "have changed: evaluating anew" in capsys.readouterr().err
 
 
 def test_leftovers_of_training_do_not_change_the_fingerprint(engine):
