@@ -66,7 +66,7 @@ def commit(rule: AdamRule, table: MomentTable, batch: TokenBatch, weight: Tensor
     tensors = (entries.coefficient, batch.features.to(dtype), divisor, keep1, keep2, add)
     inputs = (row, entries.offsets, entries.token, *(tensor.contiguous() for tensor in tensors))
     tables = (table.first, table.second)
-    width = max(64, CACHE_BYTES // (max(1, len(batch)) * dtype.itemsize))
+    width = max(128, 2 * CACHE_BYTES // (max(1, len(batch)) * dtype.itemsize))  # short runs cost more than misses
     _run("commit", dtype, _by_work(entries.offsets), (dim, width), lambda: (*inputs, add.new_empty(dim), *tables))
     table.last_step[row] = step
 
