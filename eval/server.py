@@ -164,13 +164,16 @@ def failure(log: Path, what: str) -> EvalError:
         what: What was seen of it.
 
     Returns:
-        The error, with the last lines of the log.
+        The error, with the first exception and the last lines of the log.
     """
     text = log.read_text(errors="replace") if log.exists() else ""
     hint = ""
     if OUT_OF_MEMORY.search(text):
         hint = " for lack of memory (a smaller MAX_TOKENS, or more GPUs, or VLLM_CPU_KVCACHE_SPACE in GiB on a CPU)"
-    return EvalError(f"the model server {what}{hint}; the end of {log}:\n{tail(log)}")
+    # vLLM ends with "see root cause above", hundreds of lines above
+    cause = re.search(r"\b((?:\w+\.)*\w+(?:Error|Exception): .+)", text[max(0, text.find("Traceback")) :])
+    first = f" ({cause[1].strip()})" if cause else ""
+    return EvalError(f"the model server {what}{hint}{first}; the end of {log}:\n{tail(log)}")
 
 
 def stop(process: subprocess.Popen) -> None:
