@@ -11,9 +11,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU || echo 0)
-# one process on a laptop; one process a GPU, through accelerate, where there are several
-LAUNCH := $(if $(filter 0 1,$(CUDA)),$(BIN)/python -m open_r1_capo.grpo,$(BIN)/accelerate launch --config_file recipes/accelerate_configs/zero2.yaml --num_processes $(CUDA) src/open_r1_capo/grpo.py)
+CUDA := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+# the lab is one process on the CPU; a larger scale one process a GPU, under ZeRO-2, which keeps float32 weights for Adam
+ACCELERATE := $(BIN)/accelerate launch --config_file recipes/accelerate_configs/zero2.yaml --num_processes $(CUDA)
+LAUNCH := $(if $(or $(filter 0,$(CUDA)),$(filter lab,$(SCALE))),$(BIN)/python -m open_r1_capo.grpo,$(ACCELERATE) src/open_r1_capo/grpo.py)
 comma := ,
 EXTRAS := $(if $(filter 0,$(CUDA)),dev,dev$(comma)gpu)
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)

@@ -27,7 +27,6 @@ def test_every_recipe_composes_at_every_scale(recipe, scale):
     assert (run.recipe, run.scale) == (recipe, scale)
     assert args.generation_batch_size == run.completions_per_step
     assert settings["recipe"] == recipe
-    assert run.capo.mode == ("mask" if "capo_" in recipe and "scale" not in recipe else run.capo.mode)
 
 
 def test_the_nine_recipes():
@@ -86,6 +85,76 @@ def test_bad_overrides(override, message):
         build(compose_recipe("capo_aggressive", [override]))
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "num_generations=0", "num_generations=1", "reward_funcs=5", "capo.min_objective_shift=abc", "data.path=5",
+        "num_threads=abc", "num_threads=-1", "completions_per_step=abc", "output_root=null", "save_steps=0",
+        "temperature=0", "temperature=-1", "top_p=2", "top_k=-5", "data.problems=0", "evaluation.samples=0",
+        "evaluation.problems=-1", "logging_steps=5", "logging_strategy=no", "adam_beta1=1", "num_iterations=0",
+        "learning_rate=inf", "max_steps=0", "max_steps=-1", "seed=-1", "max_completion_length=0", "recipe=foo",
+        "system_prompt=5", "resume_from_checkpoint=x", "save_only_model=true", "save_total_limit=1", "entropy_coef=0.1",
+        "data.split=test", "data.name=other", "capo.step_policy_shift=abc", "capo.min_objective_shift=2",
+        "data.max_prompt_tokens=0", "use_cpu=5", "capo.step_policy_shift=1e-3",
+    ],
+)  # fmt: skip
+def test_no_value_gives_a_traceback(override):
+    with pytest.raises(ConfigError):
+        build(compose_recipe("capo_aggressive", [override]))
+
+
+def test_more_bad_combinations():
+    for overrides in (
+        ["per_device_train_batch_size=3", "gradient_accumulation_steps=2"],
+        ["num_iterations=2", "save_steps=3"],
+        ["capo.step_feedback=true", "capo.step_policy_shift=abc"],
+    ):
+        with pytest.raises(ConfigError):
+            build(compose_recipe("capo_aggressive", overrides))
+
+
+def test_values_take_their_annotated_type():
+    run, args = build(
+        compose_recipe("capo_aggressive", ["data.max_prompt_tokens=null", "reward_funcs=accuracy", "beta=1"])
+    )
+    assert run.data.max_prompt_tokens is None
+    assert run.reward_funcs == ["accuracy"]
+    assert isinstance(args.beta, float)
+
+
+METHODS = {  # loss_type, scale_rewards, advantage_baseline, capo.mode, capo.denominator
+    "grpo_conservative": ("grpo", "group", "group", "observe", "kept"),
+    "grpo_aggressive": ("grpo", "group", "group", "observe", "kept"),
+    "drgrpo_aggressive": ("dr_grpo", "none", "group", "observe", "kept"),
+    "reinforce_aggressive": ("grpo", "none", "none", "observe", "kept"),
+    "capo_aggressive": ("grpo", "group", "group", "mask", "kept"),
+    "drcapo_aggressive": ("dr_grpo", "none", "group", "mask", "kept"),
+    "reincapo_aggressive": ("grpo", "none", "none", "mask", "kept"),
+    "capo_scale_aggressive": ("grpo", "group", "group", "scale", "all"),
+    "grpo_planned": ("grpo", "group", "group", "observe", "kept"),
+}
+
+
+@pytest.mark.parametrize("scale", ["lab", "qwen2.5-math-7b"])
+@pytest.mark.parametrize("recipe", METHODS)
+def test_what_each_recipe_trains(recipe, scale):
+    run, args = build(compose_recipe(recipe, [f"scale={scale}"]) | NO_GPU)
+    found = (args.loss_type, args.scale_rewards, run.advantage_baseline, run.capo.mode, run.capo.denominator)
+    assert found == METHODS[recipe]
+    assert run.regime == ("conservative" if "conservative" in recipe else "aggressive")
+    assert run.capo.step_policy_shift == (1e-3 if recipe == "grpo_planned" else math.inf)
+    assert run.capo.absent_rows == ("decay" if recipe == "grpo_planned" else "hold")
+    assert run.capo.moment_average == "per_logit"
+    assert (args.optim, str(args.lr_scheduler_type), args.weight_decay) == ("adamw_torch", "SchedulerType.COSINE", 0)
+    if scale != "lab":
+        assert (args.top_k, run.data.max_prompt_tokens, run.data.name) == (50, 512, "math_train_7500")
+        assert run.model_name_or_path == "Qwen/Qwen2.5-Math-7B"
+        assert args.num_iterations == 1
+        assert run.system_prompt is None
+        assert compose_recipe(recipe, [f"scale={scale}"])["needs_gpu"]
+        assert args.per_device_train_batch_size * 4 == 96
+
+
 def test_unused_thresholds_are_refused():
     with pytest.raises(ConfigError, match="no effect with capo.mode=observe"):
         compose_recipe("grpo_aggressive", ["capo.max_policy_shift=1e-3"])
@@ -120,6 +189,6 @@ def test_processes_share_the_completions(monkeypatch):
 
 def test_feedback_needs_a_measurement():
     with pytest.raises(ConfigError, match="needs the measured KL"):
-        CAPOConfig(mode="observe", step_policy_shift=1e-3, measure_kl=0)
-    CAPOConfig(mode="observe", step_policy_shift=1e-3, measure_kl=0, step_feedback=False)
+        CAPOConfig(mode="observe", absent_rows="decay", step_policy_shift=1e-3, measure_kl=0)
+    CAPOConfig(mode="observe", absent_rows="decay", step_policy_shift=1e-3, measure_kl=0, step_feedback=False)
     assert not CAPOConfig(mode="observe", step_policy_shift=math.inf).plans_steps

@@ -76,7 +76,14 @@ def launch(tmp_path, tiny_policy):
     "capo",
     [
         {"mode": "mask", "max_policy_shift": 4.0, "top_k": 1000},
-        {"mode": "scale", "max_policy_shift": 1e-2, "denominator": "all", "top_k": 1000, "step_policy_shift": 1e-3},
+        {
+            "mode": "scale",
+            "max_policy_shift": 1e-2,
+            "denominator": "all",
+            "top_k": 1000,
+            "step_policy_shift": 1e-3,
+            "absent_rows": "decay",
+        },
     ],
     ids=["mask", "scale-planned"],
 )

@@ -23,9 +23,9 @@ def test_calibration_is_a_running_log_average():
     assert budget.calibration == pytest.approx(8**0.3)
     assert budget.scale(4e-3) == pytest.approx(math.sqrt(1e-3 / (4e-3 * 8**0.3)))
     for _ in range(200):
-        budget.calibrate(measured_kl=1.0, predicted_kl=1e-9)
+        budget.calibrate(measured_kl=10.0, predicted_kl=2e-6)
     assert budget.calibration == pytest.approx(1e3)
-    for nothing in ((0.0, 1e-3), (1e-3, 0.0), (math.nan, 1e-3), (math.inf, 1e-3)):
+    for nothing in ((0.0, 1e-3), (1e-3, 0.0), (math.nan, 1e-3), (math.inf, 1e-3), (1.2e-7, 1e-3), (1e-3, 2e-19)):
         budget.calibrate(*nothing)
     assert budget.calibration == pytest.approx(1e3)
 

@@ -244,7 +244,9 @@ def test_reinforce_has_no_baseline(build):
 
 
 def test_planned_step_shortens_one_update_and_restores_the_schedule(build):
-    trainer = build({"mode": "observe", "step_policy_shift": 1e-4, "step_feedback": False}, max_steps=4)
+    trainer = build(
+        {"mode": "observe", "step_policy_shift": 1e-4, "absent_rows": "decay", "step_feedback": False}, max_steps=4
+    )
     rates, after = [], trainer.after_step
     trainer.after_step = lambda: (rates.append(trainer.optimizer.param_groups[0]["lr"]), after())
     trainer.train()
@@ -260,7 +262,7 @@ def test_planned_step_shortens_one_update_and_restores_the_schedule(build):
 
 
 def test_feedback_calibrates_by_the_measured_kl(build):
-    trainer = build({"mode": "observe", "step_policy_shift": 1e-4}, max_steps=3)
+    trainer = build({"mode": "observe", "step_policy_shift": 1e-4, "absent_rows": "decay"}, max_steps=3)
     trainer.train()
     rows = training.history(trainer)
     c = 1.0

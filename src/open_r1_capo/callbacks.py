@@ -32,13 +32,13 @@ class RunCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Measure the held-out accuracy at every checkpoint, so that it stands in that step's line."""
-        due = state.global_step % args.save_steps == 0 or state.global_step == state.max_steps
+        due = state.global_step % state.save_steps == 0 or state.global_step == state.max_steps
         if self.accuracy and due:
             self.trainer.record({"accuracy": self.accuracy()["accuracy"]})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Write the step's line; other messages of the trainer are not metrics."""
-        if not state.is_world_process_zero or not logs or "reward" not in logs:
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         row = {"step": state.global_step, **{k: v for k, v in logs.items() if not k.startswith("eval_")}}
         self.folder.append_metrics(row)
@@ -58,7 +58,9 @@ def progress(row: dict[str, float], steps: int, seconds_left: float) -> str:
     Returns:
         The text, below 100 characters.
     """
-    parts = [f"step {row['step']}/{steps}", f"reward {row['reward']:.3f}"]
+    parts = [f"step {row['step']}/{steps}"]
+    if "reward" in row:  # a step on completions of an earlier one has none
+        parts.append(f"reward {row['reward']:.3f}")
     if "capo/rejected_frac" in row:
         changed = row["capo/rejected_frac"] + row["capo/scaled_frac"]
         parts += [f"{'scaled' if row['capo/scaled_frac'] else 'rejected'} {changed:.1%}"]

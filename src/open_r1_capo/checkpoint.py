@@ -61,13 +61,12 @@ def load_state(folder: Path, step_model: AdamStep | SGDStep) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["capo"])
+            version = header["version"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read as CAPO's state ({error})") from None
-    if header["version"] != VERSION:
-        raise CheckpointError(
-            f"{path} has version {header['version']} of CAPO's state, but this program reads {VERSION}"
-        )
+    if version != VERSION:
+        raise CheckpointError(f"{path} has version {version} of CAPO's state, but this program reads {VERSION}")
     try:
         step_model.load_state_dict(header["state"] | tensors)
     except ValueError as error:

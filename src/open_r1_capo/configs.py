@@ -11,7 +11,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from trl import GRPOConfig
@@ -82,6 +82,11 @@ class CAPOConfig:
             raise ConfigError(f"capo.measure_kl is a share between 0 and 1, got {self.measure_kl}")
         if not self.step_policy_shift > 0:
             raise ConfigError(f"capo.step_policy_shift must be greater than 0, got {self.step_policy_shift}")
+        if self.plans_steps and self.optimizer_model == "adam" and self.absent_rows == "hold":
+            raise ConfigError(
+                "capo.step_policy_shift plans the step of the real, dense Adam, which moves every row: it needs "
+                "capo.absent_rows=decay"
+            )
         if self.plans_steps and self.step_feedback and self.measure_kl == 0:
             raise ConfigError(
                 "capo.step_feedback needs the measured KL: set capo.measure_kl above 0 (1 is every token)"
@@ -126,6 +131,14 @@ class DataConfig:
     max_prompt_tokens: int | None = 512
     problems: int = 2000
 
+    def __post_init__(self):
+        """Check ranges.
+
+        Raises:
+            ConfigError: naming the key, its value and what it may be.
+        """
+        _at_least(1, {"data.problems": self.problems, "data.max_prompt_tokens": self.max_prompt_tokens})
+
 
 @dataclass
 class EvaluationConfig:
@@ -138,6 +151,15 @@ class EvaluationConfig:
 
     problems: int = 0
     samples: int = 1
+
+    def __post_init__(self):
+        """Check ranges.
+
+        Raises:
+            ConfigError: naming the key, its value and what it may be.
+        """
+        _at_least(0, {"evaluation.problems": self.problems})
+        _at_least(1, {"evaluation.samples": self.samples})
 
 
 @dataclass
@@ -188,8 +210,9 @@ class RunConfig:
         """
         if self.advantage_baseline not in ("group", "none"):
             raise ConfigError(f"advantage_baseline must be 'group' or 'none', got {self.advantage_baseline!r}")
-        if self.completions_per_step < 1:
-            raise ConfigError(f"completions_per_step must be at least 1, got {self.completions_per_step}")
+        _at_least(1, {"completions_per_step": self.completions_per_step, "num_threads": self.num_threads})
+        if self.evaluation.problems and self.data.name != "lab":
+            raise ConfigError("evaluation.problems measures the lab's own problems: set it to 0 and use make eval")
         if not self.reward_funcs:
             raise ConfigError("reward_funcs is empty: name at least one reward, for example reward_funcs=[accuracy]")
 
@@ -217,7 +240,7 @@ def build(settings: dict[str, Any]) -> tuple[RunConfig, GRPOConfig]:
         ConfigError: a value of the wrong type or out of range, or a scale that this machine cannot run.
     """
     ours = {key: value for key, value in settings.items() if key in OURS}
-    nested = {key: kind(**_typed(kind, key, settings.get(key) or {})) for key, kind in NESTED.items()}
+    nested = {key: kind(**_typed(kind, key, settings.get(key))) for key, kind in NESTED.items()}
     missing = [key for key in ("model_name_or_path", "completions_per_step") if settings.get(key) is None]
     if missing:
         raise ConfigError(f"{missing[0]} is not set")
@@ -230,6 +253,7 @@ def build(settings: dict[str, Any]) -> tuple[RunConfig, GRPOConfig]:
     trl = _typed(GRPOConfig, "", {key: value for key, value in settings.items() if key in TRL_FIELDS})
     folder = run.folder(trl.get("seed", 42))
     trl |= _micro_batches(run, trl) | {"output_dir": str(folder / "checkpoints")}
+    _check_training(run, trl)
     _check_batch(run, trl)
     try:
         args = GRPOConfig(**trl)
@@ -243,32 +267,52 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _typed(kind: type, prefix: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Convert numbers to their field's type and refuse what is of another kind."""
-    if not isinstance(values, dict):
+def _at_least(low: int, values: dict[str, int | None]) -> None:
+    for name, value in values.items():
+        if value is not None and value < low:
+            raise ConfigError(f"{name} must be at least {low}, got {value}")
+
+
+def _typed(kind: type, prefix: str, values: dict[str, Any] | None) -> dict[str, Any]:
+    """Convert values to their field's annotated type, and refuse what is of another kind."""
+    if not isinstance(values, dict | None):
         raise ConfigError(f"{prefix} is a group of settings, not a value: write {prefix}.<key>={values}")
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    typed = {}
-    for key, value in values.items():
-        name, default = f"{prefix}.{key}" if prefix else key, fields[key].default
-        if isinstance(default, bool):
-            if not isinstance(value, bool):
-                raise ConfigError(f"{name} must be true or false, got {value!r}")
-        elif isinstance(default, int | float):
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ConfigError(f"{name} must be a number, got {'null' if value is None else repr(value)}")
-            if isinstance(default, float):
-                value = float(value)
-            elif isinstance(value, float) and "float" not in str(fields[key].type):
-                raise ConfigError(f"{name} must be a whole number, got {value}")
-        typed[key] = value
-    return typed
+    hints = get_type_hints(kind)
+    return {
+        key: _convert(f"{prefix}.{key}" if prefix else key, value, hints[key]) for key, value in (values or {}).items()
+    }
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    """One value as its annotation wants it; annotations beyond numbers, text and lists are left to their owner."""
+    options = [getattr(option, "__origin__", option) for option in getattr(hint, "__args__", ()) or (hint,)]
+    options = [list] if getattr(hint, "__origin__", None) is list else options
+    if value is None and (type(None) in options or hint is Any):
+        return None
+    if isinstance(value, int) and not isinstance(value, bool) and float in options and int not in options:
+        value = float(value)
+    if isinstance(value, str) and list in options and str not in options:
+        value = [value]
+    simple = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+    if not set(options) <= {*simple, type(None)}:
+        return value
+    fits = any(isinstance(value, o) and not (isinstance(value, bool) and o is not bool) for o in options)
+    if not fits:
+        wanted = "a number" if {int, float} <= set(options) else simple[next(o for o in options if o in simple)]
+        shown = "null" if value is None else repr(value)
+        raise ConfigError(f"{name} must be {wanted}, got {shown}")
+    return value
 
 
 def _micro_batches(run: RunConfig, trl: dict[str, Any]) -> dict[str, int]:
     """Split `completions_per_step` over processes, and either into given micro-batches or a given number of them."""
     given = "gradient_accumulation_steps" if "gradient_accumulation_steps" in trl else "per_device_train_batch_size"
     other = {"gradient_accumulation_steps": "per_device_train_batch_size"}.get(given, "gradient_accumulation_steps")
+    if given in trl and other in trl and trl[given] * trl[other] * world_size() != run.completions_per_step:
+        raise ConfigError(
+            f"{given} ({trl[given]}) × {other} ({trl[other]}) × processes ({world_size()}) is not "
+            f"completions_per_step ({run.completions_per_step}): leave one of them out"
+        )
     value = trl.get(given, run.completions_per_step // world_size())
     if not isinstance(value, int) or value < 1:
         raise ConfigError(f"{given} must be a whole number above 0, got {value!r}")
@@ -280,14 +324,39 @@ def _micro_batches(run: RunConfig, trl: dict[str, Any]) -> dict[str, int]:
     return {given: value, other: run.completions_per_step // (value * world_size())}
 
 
+def _check_training(run: RunConfig, args: dict[str, Any]) -> None:
+    """Refuse what TRL would accept and then fail at, or do otherwise than a user expects."""
+    positive = ("num_generations", "max_steps", "save_steps", "num_iterations", "max_completion_length")
+    _at_least(1, {name: args.get(name) for name in positive})
+    _at_least(0, {"seed": args.get("seed"), "top_k": args.get("top_k")})
+    ranges = {"learning_rate": (0, 1e3), "temperature": (0, 100), "top_p": (0, 1), "adam_beta1": (0, 0.9999999),
+              "adam_beta2": (0, 0.9999999), "adam_epsilon": (0, 1)}  # fmt: skip
+    for name, (low, high) in ranges.items():
+        if name in args and not low < args[name] <= high:
+            raise ConfigError(f"{name} must be greater than {low} and at most {high:g}, got {args[name]}")
+    for name, wanted in {"logging_steps": 1, "logging_strategy": "steps", "save_only_model": False,
+                         "ignore_data_skip": False, "resume_from_checkpoint": None}.items():  # fmt: skip
+        if args.get(name, wanted) != wanted:
+            raise ConfigError(f"{name} must stay {wanted}: a run logs every step and resumes exactly, by itself")
+    if args.get("save_total_limit") is not None:
+        _at_least(2, {"save_total_limit": args["save_total_limit"]})  # the older one goes before the newer is complete
+    accumulation = args["gradient_accumulation_steps"]
+    reuse = (args.get("steps_per_generation") or accumulation) * args.get("num_iterations", 1)
+    if args.get("save_steps", 500) * accumulation % reuse:
+        raise ConfigError(
+            f"save_steps ({args['save_steps']}) must not fall between two steps on the same completions: make it a "
+            f"multiple of {reuse // accumulation}"
+        )
+    if run.capo.mode in ("mask", "scale") and (args.get("entropy_coef") or args.get("use_adaptive_entropy")):
+        raise ConfigError("an entropy bonus would act on rejected tokens: set entropy_coef=0, or capo.mode=observe")
+
+
 def _check_batch(run: RunConfig, trl: dict[str, Any]) -> None:
     generations = trl.get("num_generations", 8)
     if run.completions_per_step % generations:
         raise ConfigError(
             f"completions_per_step ({run.completions_per_step}) must be a multiple of num_generations ({generations})"
         )
-    if not trl.get("learning_rate", 1.0) > 0:
-        raise ConfigError(f"learning_rate must be greater than 0, got {trl['learning_rate']}")
     whole = trl["gradient_accumulation_steps"] == 1 and world_size() == 1
     if run.capo.mode != "off" and run.capo.granularity in ("group", "batch") and not whole:
         raise ConfigError(

@@ -18,9 +18,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
+import wandb
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils import logging as transformers_logging
@@ -92,23 +94,25 @@ def train(settings: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(model)
     dataset = load_dataset(config, tokenizer, args.seed)
 
-    # --- the folder --------------------------------------------------------------------------------------------------
-    with args.main_process_first(local=False):
-        main_process = args.process_index == 0
-        opened = folder.open(settings, config.overwrite) if main_process else newest_complete(folder.checkpoints)
-    resume, notes = opened
+    # --- the folder and the trainer: if it cannot be built, the folder is left as it was -----------------------------
+    main_process = args.process_index == 0
+    with ExitStack() as undo:
+        with args.main_process_first(local=False):
+            claim = folder.claim(settings, config.overwrite) if main_process else nullcontext((None, []))
+            resume, notes = undo.enter_context(claim)
+        if not main_process:
+            resume, _ = newest_complete(folder.checkpoints)
+        tell_wandb(config, args, folder)
+        trainer = make_trainer(config, args, rewards, model, tokenizer, dataset)
+        accuracy = held_out(config, trainer, tokenizer) if config.evaluation.problems else None
+        trainer.add_callback(RunCallback(trainer, folder, accuracy))
+        before = accuracy() if accuracy else None
     for note in notes:
         say(f"{note}; going on from {resume or 'the beginning'}")
-
-    os.environ.setdefault("WANDB_DIR", str(folder.path))  # nothing outside the run's folder
-    os.environ.setdefault("WANDB_PROJECT", "open-r1-capo")
-    args.run_name = args.run_name or f"{config.recipe}-{config.scale}-seed{args.seed}"
+    if main_process:
+        folder.trim_metrics(int(resume.name.rpartition("-")[2]) if resume else 0)
 
     # --- training ----------------------------------------------------------------------------------------------------
-    trainer = make_trainer(config, args, rewards, model, tokenizer, dataset)
-    accuracy = held_out(config, trainer, tokenizer) if config.evaluation.problems else None
-    trainer.add_callback(RunCallback(trainer, folder, accuracy))
-    before = accuracy() if accuracy else None
     start = time.time()
     if resume:
         say(f"going on from {resume}")
@@ -121,6 +125,21 @@ def train(settings: dict[str, Any]) -> None:
     write_report(folder, settings, summary)
     write_atomically(folder.summary, json.dumps(summary, indent=2) + "\n")
     print("\n".join(summary_lines(folder)))
+
+
+def tell_wandb(config: RunConfig, args: GRPOConfig, folder: RunFolder) -> None:
+    """Keep wandb's files inside the run's folder, and wandb offline where it has no key.
+
+    Args:
+        config: our settings.
+        args: TRL's; gets the run's name.
+        folder: of the run.
+    """
+    args.run_name = args.run_name or f"{config.recipe}-{config.scale}-seed{args.seed}"
+    os.environ.setdefault("WANDB_DIR", str(folder.path))
+    os.environ.setdefault("WANDB_PROJECT", "open-r1-capo")
+    if "wandb" in args.report_to and "WANDB_MODE" not in os.environ and not wandb.api.api_key:
+        os.environ["WANDB_MODE"] = "offline"
 
 
 def known_rewards(config: RunConfig) -> list[Callable]:
@@ -237,7 +256,7 @@ def make_trainer(
             capo=config.capo,
             advantage_baseline=config.advantage_baseline,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"the trainer cannot be built: {' '.join(str(error).split())}") from None
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -283,7 +302,6 @@ def say(text: str) -> None:
 def quiet() -> None:
     """Keep the libraries' chatter out of the result; warnings that matter are ours to say."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)

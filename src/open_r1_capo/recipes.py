@@ -17,6 +17,7 @@ from open_r1_capo.configs import NESTED, OURS, TRL_FIELDS, ConfigError
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 GROUPS = ("method", "regime", "scale")
+LAB_IGNORES = ("data.config", "data.split", "data.problem_column", "data.answer_column")
 
 
 def known_recipes() -> list[str]:
@@ -62,6 +63,8 @@ def _checked_override(item: str) -> str:
         if value not in known:
             raise ConfigError(f"there is no {key} {value!r}; there are {', '.join(known)}")
         return item.lstrip("+")
+    if key == "recipe":
+        raise ConfigError("recipe follows from the recipe's name: choose it with --config-name (make: RECIPE=)")
     _check_keys(_nest(key))
     return "++" + item.lstrip("+")
 
@@ -87,7 +90,7 @@ def _check_keys(settings: dict[str, Any]) -> None:
 
 def _check_used(settings: dict[str, Any], overrides: list[str]) -> None:
     """Refuse an override that nothing reads under the other settings."""
-    capo = settings.get("capo") or {}
+    capo, data = ({} if not isinstance(settings.get(k), dict) else settings[k] for k in ("capo", "data"))
     for item in overrides:
         key = item.partition("=")[0].lstrip("+")
         reason = None
@@ -97,11 +100,13 @@ def _check_used(settings: dict[str, Any], overrides: list[str]) -> None:
             reason = "capo.mode=observe" if capo.get("mode") == "observe" else None
         elif key in ("capo.moment_average", "capo.absent_rows") and capo.get("optimizer_model") == "sgd":
             reason = "capo.optimizer_model=sgd"
-        elif key == "capo.step_feedback" and not math.isfinite(capo.get("step_policy_shift", math.inf)):
+        elif key == "capo.step_feedback" and capo.get("step_policy_shift", math.inf) == math.inf:
             reason = "capo.step_policy_shift=inf"
         elif key.startswith("vllm_") and not settings.get("use_vllm"):
             reason = "use_vllm=false"
-        elif key == "data.problems" and (settings.get("data") or {}).get("name") != "lab":
+        elif key == "data.problems" and data.get("name") != "lab":
             reason = "a data set other than the lab's"
+        elif key in LAB_IGNORES and data.get("name") == "lab" and not data.get("path"):
+            reason = "data.name=lab"
         if reason:
             raise ConfigError(f"{key} has no effect with {reason}; change that, or leave {key} out")

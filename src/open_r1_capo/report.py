@@ -41,7 +41,8 @@ def summarise(
     Returns:
         The content of summary.json.
     """
-    windows = [statistics.fmean(r["reward"] for r in rows[i : i + WINDOW]) for i in range(0, len(rows), WINDOW)]
+    rewards = [row["reward"] for row in rows if row.get("reward") is not None]
+    windows = [statistics.fmean(rewards[i : i + WINDOW]) for i in range(0, len(rewards), WINDOW)]
     summary = {
         "recipe": settings["recipe"],
         "scale": settings["scale"],
@@ -196,9 +197,10 @@ class _Panel:
             axis.plot(xs, ys, color=colour, lw=width, label=label, marker=marker, ms=4)
 
     def smooth(self, axis, key, colour, label):
-        values = [row[key] for row in self.rows]
+        points = [(x, row[key]) for x, row in zip(self.x, self.rows, strict=True) if row.get(key) is not None]
+        values = [value for _, value in points]
         means = [statistics.fmean(values[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(values))]
-        axis.plot(self.x, means, color=colour, lw=2, label=label)
+        axis.plot([x for x, _ in points], means, color=colour, lw=2, label=label)
 
     def finish(self, axis, title, log=False, low=None):
         axis.set_title(title, fontsize=10, loc="left")

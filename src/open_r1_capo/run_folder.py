@@ -16,13 +16,22 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from open_r1_capo.checkpoint import newest_complete
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes in one folder go unnoticed
+    fcntl = None
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify", "open-r1-capo")
 # where a run is written or how it is watched does not make it another run
@@ -37,7 +46,7 @@ class RunFolder:
     """The folder of one run.
 
     Args:
-        path: where it is; created by `open`.
+        path: where it is; created by `claim`.
     """
 
     def __init__(self, path: Path):
@@ -46,48 +55,84 @@ class RunFolder:
         self.summary, self.checkpoints, self.report = path / "summary.json", path / "checkpoints", path / "report.html"
 
     def check(self, settings: dict[str, Any], overwrite: bool) -> None:
-        """Refuse early, before minutes of work, what `open` would refuse; writes nothing.
+        """Refuse early, before minutes of work, what `claim` would refuse; writes nothing.
 
         Args:
             settings: the resolved recipe.
             overwrite: an earlier run will be thrown away.
-        """
-        if self.path.exists() and any(self.path.iterdir()):
-            self._check_ours()
-            if not overwrite:
-                self._check_same(settings)
 
-    def open(self, settings: dict[str, Any], overwrite: bool) -> tuple[Path | None, list[str]]:
-        """Claim the folder for `settings`, or find where an earlier run of them stopped.
+        Raises:
+            RunFolderError: the folder holds something else, or a run with other settings.
+        """
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise RunFolderError(f"{self.path} is a file, not a run's folder: choose another output_root")
+        if any(self.path.iterdir()):
+            theirs = self._their_settings()
+            if not overwrite:
+                self._check_same(theirs, settings)
+
+    @contextmanager
+    def claim(self, settings: dict[str, Any], overwrite: bool) -> Iterator[tuple[Path | None, list[str]]]:
+        """Take the folder for a run; if the block then fails, the folder is as it was before.
 
         Args:
             settings: the resolved recipe.
-            overwrite: throw an earlier run away.
+            overwrite: put an earlier run aside, and throw it away once the block has succeeded.
 
-        Returns:
+        Yields:
             The checkpoint to resume from (None: start from the beginning) and sentences about unusable ones.
 
         Raises:
-            RunFolderError: the folder holds something else, or cannot be written.
+            RunFolderError: the folder holds something else, is in use, or cannot be written.
         """
+        aside = self.path.with_name(f".{self.path.name}.overwritten")
+        if aside.exists() and not self.path.exists():  # an overwriting call was killed half way
+            os.rename(aside, self.path)
+        self.check(settings, overwrite)
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        fresh = overwrite or not self.path.exists() or not any(self.path.iterdir())
         try:
-            self.check(settings, overwrite)
-            if overwrite and self.path.exists():
-                shutil.rmtree(self.path)
-            if self.path.exists() and any(self.path.iterdir()):
-                resume, notes = newest_complete(self.checkpoints)
-                self._trim_metrics(int(resume.name.rpartition("-")[2]) if resume else 0)
-                return resume, notes
-            self.path.mkdir(parents=True, exist_ok=True)
-            text = OmegaConf.to_yaml(OmegaConf.create({**settings, "environment": environment()}))
-            write_atomically(self.config, text)
-        except OSError as error:
-            raise RunFolderError(f"{self.path} cannot be written ({error.strerror or error})") from None
-        return None, []
+            try:
+                if overwrite and self.path.exists():
+                    self._take_lock()
+                    os.rename(self.path, aside)
+                self.path.mkdir(parents=True, exist_ok=True)
+                if fresh:
+                    content = OmegaConf.create({**settings, "environment": environment()})
+                    write_atomically(self.config, OmegaConf.to_yaml(content))
+                self._take_lock()
+            except OSError as error:
+                raise RunFolderError(f"{self.path} cannot be written ({error.strerror or error})") from None
+            yield (None, []) if fresh else newest_complete(self.checkpoints)
+        except BaseException:
+            if fresh:
+                shutil.rmtree(self.path, ignore_errors=True)
+                if aside.exists():
+                    os.rename(aside, self.path)
+                for folder in missing:
+                    if folder.exists() and not any(folder.iterdir()):
+                        folder.rmdir()
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _take_lock(self) -> None:
+        """Keep other processes out until this one ends, however it ends."""
+        if fcntl is None:
+            return
+        self._lock = self.config.open("r+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunFolderError(f"another process is training in {self.path}") from None
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run that has ended, or None."""
-        return json.loads(self.summary.read_text()) if self.summary.is_file() else None
+        try:
+            return json.loads(self.summary.read_text())
+        except (OSError, ValueError):
+            return None
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All metric lines so far; a last line that was cut off is left out."""
@@ -106,22 +151,26 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def _trim_metrics(self, step: int) -> None:
-        """Forget the metrics after the checkpoint that the run continues from: they will be written again."""
+    def trim_metrics(self, step: int) -> None:
+        """Forget the metrics after the step that the run continues from: they will be written again."""
         if self.metrics.is_file():
             rows = [row for row in self.read_metrics() if row["step"] <= step]
             write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def _check_ours(self) -> None:
-        if any(self.path.iterdir()) and not self.config.is_file():
+    def _their_settings(self) -> dict[str, Any]:
+        """The settings that the folder was made with."""
+        try:
+            theirs = OmegaConf.to_container(OmegaConf.load(self.config))
+        except (OSError, OmegaConfBaseException, YAMLError):
+            theirs = None
+        if not isinstance(theirs, dict) or not {"recipe", "environment"} <= theirs.keys():
             raise RunFolderError(
-                f"{self.path} holds files of something else (no config.yaml): choose another output_root"
+                f"{self.path} holds files of something else (no config.yaml of a run): choose another output_root"
             )
+        del theirs["environment"]
+        return theirs
 
-    def _check_same(self, settings: dict[str, Any]) -> None:
-        self._check_ours()
-        theirs = OmegaConf.to_container(OmegaConf.load(self.config))
-        theirs.pop("environment", None)
+    def _check_same(self, theirs: dict[str, Any], settings: dict[str, Any]) -> None:
         ours = OmegaConf.to_container(OmegaConf.create(settings))
         differing = sorted(
             key for key in ours.keys() | theirs.keys() if key not in NOT_IDENTITY and ours.get(key) != theirs.get(key)
@@ -143,6 +192,7 @@ def environment() -> dict[str, Any]:
         "commit": git.stdout.strip() or "unknown",
         "python": platform.python_version(),
         "processor": platform.processor() or platform.machine(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         **{name: version(name) for name in PACKAGES},
     }
 

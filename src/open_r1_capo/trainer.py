@@ -80,6 +80,7 @@ class CAPOTrainer(GRPOTrainer):
         self._parts: list[_Part] = []
         self._planned_kl = 0.0  # m_F of the coming update at the rate it will be taken with
         self._scheduled_lrs: list[float] = []
+        self._skipped = False  # the last gradient was not finite
         self.add_callback(_UpdateCallback(self))
         policy = self._policy
         if capo.mode != "off":
@@ -242,11 +243,13 @@ class CAPOTrainer(GRPOTrainer):
         if self.capo.mode == "off":
             return
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        finite = bool(torch.stack([g.detach().sum().isfinite() for g in gradients]).all()) if gradients else True
-        if not finite:
+        if not gradients:  # DeepSpeed has taken the step within its backward pass
+            return
+        self._skipped = not bool(torch.stack([g.detach().sum().isfinite() for g in gradients]).all())
+        if self._skipped:
             for parameter in self.model.parameters():
                 parameter.grad = None
-        self.record({"capo/skipped_step": float(not finite)})
+        self.record({"capo/skipped_step": float(self._skipped)})
 
     def after_step(self) -> None:
         """Restore the schedule's learning rate, and measure how far the policy really moved."""
@@ -255,10 +258,10 @@ class CAPOTrainer(GRPOTrainer):
         for group, lr in zip(self.optimizer.param_groups, self._scheduled_lrs, strict=True):
             group["lr"] = lr
         if self.capo.measure_kl > 0:
-            with self._clock("curvature"):
+            with self._clock("measure"):
                 measured = self._measured_kl()
             self.record({"capo/measured_kl": measured})
-            if self.budget.feedback and self.capo.plans_steps:
+            if self.budget.feedback and self.capo.plans_steps and not self._skipped:
                 self.budget.calibrate(measured, self._planned_kl)
         self._parts.clear()
 
@@ -343,11 +346,17 @@ class CAPOTrainer(GRPOTrainer):
     @contextmanager
     def _clock(self, name: str) -> Iterator[None]:
         """Add the seconds of a block to a named sum."""
-        start = time.perf_counter()
+        start = self._now()
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
+            self.seconds[name] += self._now() - start
+
+    def _now(self) -> float:
+        """Seconds, once the accelerator has done what it was asked, so that each block pays for its own work."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 

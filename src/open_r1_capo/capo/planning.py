@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 RATE = 0.3  # weight of the newest measurement in the running log-average
 LIMIT = math.log(1e3)  # the calibration stays within 1e±3
+FLOOR = 1e-6  # nats; below, a measured KL is rounding of float32 log-probabilities
 
 
 @dataclass
@@ -38,7 +39,7 @@ class StepBudget:
 
     def calibrate(self, measured_kl: float, predicted_kl: float) -> None:
         """Update c with a step that was taken: its measured KL and m_F(batch) at the rate it was taken with."""
-        if not (measured_kl > 0 and predicted_kl > 0 and math.isfinite(measured_kl) and math.isfinite(predicted_kl)):
-            return  # a step of learning rate 0, or one that was skipped, says nothing
+        if not (FLOOR < measured_kl < math.inf and FLOOR < predicted_kl < math.inf):
+            return  # a step of almost no length says nothing
         log_c = (1 - RATE) * math.log(self.calibration) + RATE * (math.log(measured_kl) - math.log(predicted_kl))
         self.calibration = math.exp(min(LIMIT, max(-LIMIT, log_c)))
