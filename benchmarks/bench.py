@@ -155,7 +155,7 @@ def main() -> None:
     torch.set_num_threads(1)
     tiny = Shape(tokens=32, length=8, support=8, dim=16, rows=64, vocab=128)
     shape = tiny if arguments.quick else Shape()
-    base = tiny if arguments.quick else Shape(tokens=1024, rows=1000)
+    base = tiny if arguments.quick else Shape(rows=500)
     names = ["ours", "ours (torch)", "materialised", *(["official"] if os.environ.get("OFFICIAL") else [])]
     result = {
         "shape": asdict(shape),

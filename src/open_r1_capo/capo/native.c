@@ -16,7 +16,7 @@
 #define WIDEST
 #endif
 
-int64_t native_interface(void) { return 2; } /* counts changes of the arguments below; native.py asks for it */
+int64_t native_interface(void) { return 3; } /* counts changes of the arguments below; native.py asks for it */
 
 #define REAL float
 #define SQRT sqrtf
@@ -50,33 +50,30 @@ WIDEST void NAME(propose)(
     }
 }
 
-/* P = keep1 P + (1 - beta1) g and Q = keep2 Q + (1 - beta2) g^2 for the rows start .. stop, where g is the sum of
- * coefficient x over the row's entries, over its divisor. All rows are done for a block of `width` columns, so that the
- * block's features stay in a cache, then for the next; `g` has room for D values. */
+/* P = keep1 P + (1 - beta1) g and Q = keep2 Q + (1 - beta2) g^2 for the rows start .. stop and the columns
+ * left .. left + columns, where g is the sum of coefficient x over the row's entries, over its divisor. `features` holds
+ * these columns alone, so that they stay in a cache while all rows are done; `g` has room for `columns` values. */
 WIDEST void NAME(commit)(
-    int64_t start, int64_t stop, int64_t d, int64_t width, const int64_t *row, const int64_t *offsets,
+    int64_t start, int64_t stop, int64_t d, int64_t left, int64_t columns, const int64_t *row, const int64_t *offsets,
     const int64_t *token, const REAL *coefficient, const REAL *features, const REAL *divisor, const REAL *keep1,
     const REAL *keep2, const REAL *add, REAL *g, REAL *first, REAL *second)
 {
-    for (int64_t left = 0; left < d; left += width) {
-        const int64_t columns = left + width < d ? width : d - left;
-        for (int64_t r = start; r < stop; r++) {
-            REAL *p = first + row[r] * d + left, *q = second + row[r] * d + left;
-            const REAL k1 = keep1[r], k2 = keep2[r], a1 = add[0], a2 = add[1];
+    for (int64_t r = start; r < stop; r++) {
+        REAL *p = first + row[r] * d + left, *q = second + row[r] * d + left;
+        const REAL k1 = keep1[r], k2 = keep2[r], a1 = add[0], a2 = add[1];
+        for (int64_t c = 0; c < columns; c++)
+            g[c] = 0;
+        for (int64_t e = offsets[r]; e < offsets[r + 1]; e++) {
+            const REAL *x = features + token[e] * columns, weight = coefficient[e];
+#pragma omp simd
             for (int64_t c = 0; c < columns; c++)
-                g[c] = 0;
-            for (int64_t e = offsets[r]; e < offsets[r + 1]; e++) {
-                const REAL *x = features + token[e] * d + left, weight = coefficient[e];
+                g[c] += weight * x[c];
+        }
 #pragma omp simd
-                for (int64_t c = 0; c < columns; c++)
-                    g[c] += weight * x[c];
-            }
-#pragma omp simd
-            for (int64_t c = 0; c < columns; c++) {
-                const REAL mean = g[c] / divisor[r];
-                p[c] = k1 * p[c] + a1 * mean;
-                q[c] = k2 * q[c] + a2 * mean * mean;
-            }
+        for (int64_t c = 0; c < columns; c++) {
+            const REAL mean = g[c] / divisor[r];
+            p[c] = k1 * p[c] + a1 * mean;
+            q[c] = k2 * q[c] + a2 * mean * mean;
         }
     }
 }

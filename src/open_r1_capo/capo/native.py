@@ -19,9 +19,9 @@ from torch import Tensor
 from open_r1_capo.capo.adam import AdamRule, fold, resting
 from open_r1_capo.capo.last_layer import NO_ID, TokenBatch, row_entries
 from open_r1_capo.capo.moments import MomentTable
-from open_r1_capo.capo.segments import CACHE_BYTES
+from open_r1_capo.capo.segments import CACHE_BYTES, chunks
 
-INTERFACE = 2  # of native.c; a library that was built before its arguments changed is passed over
+INTERFACE = 3  # of native.c; a library that was built before its arguments changed is passed over
 
 
 def _load() -> ctypes.CDLL | None:
@@ -63,11 +63,18 @@ def commit(rule: AdamRule, table: MomentTable, batch: TokenBatch, weight: Tensor
     keep1, keep2 = ((decay * beta).expand(len(row)) for decay, beta in ((decay1, rule.beta1), (decay2, rule.beta2)))
     add = decay1.new_tensor([1 - rule.beta1, 1 - rule.beta2])
     divisor = (entries.count if rule.moment_average == "per_logit" else entries.tokens).to(dtype).expand(len(row))
-    tensors = (entries.coefficient, batch.features.to(dtype), divisor, keep1, keep2, add)
-    inputs = (row, entries.offsets, entries.token, *(tensor.contiguous() for tensor in tensors))
-    tables = (table.first, table.second)
-    width = max(128, 2 * CACHE_BYTES // (max(1, len(batch)) * dtype.itemsize))  # short runs cost more than misses
-    _run("commit", dtype, _by_work(entries.offsets), (dim, width), lambda: (*inputs, add.new_empty(dim), *tables))
+    factors = tuple(factor.contiguous() for factor in (divisor, keep1, keep2, add))
+    bounds = _by_work(entries.offsets)
+    for part in chunks(dim, len(batch) * dtype.itemsize, 2 * CACHE_BYTES):  # blocks of columns that stay in a cache
+        features, columns = batch.features[:, part].to(dtype).contiguous(), part.stop - part.start
+        inputs = (row, entries.offsets, entries.token, entries.coefficient.contiguous(), features, *factors)
+        _run(
+            "commit",
+            dtype,
+            bounds,
+            (dim, part.start, columns),
+            lambda inputs=inputs, columns=columns: (*inputs, add.new_empty(columns), table.first, table.second),
+        )
     table.last_step[row] = step
 
 
