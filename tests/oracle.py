@@ -52,7 +52,7 @@ def mean_gradient(weight, batch, members, token_weight, average):
     kept = [i for i in members if token_weight[i] > 0]
     for i in kept:
         total += token_weight[i] * token_gradient(weight, batch, i)
-        count[batch.token_ids[i, occupied_slots(batch, i)]] += 1
+        count[batch.token_ids[i, occupied_slots(batch, i)]] += float(batch.advantages[i] != 0)
     return total / (count.clamp(min=1) if average == "per_logit" else max(1, len(kept)))
 
 

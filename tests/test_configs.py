@@ -93,9 +93,9 @@ def test_bad_overrides(override, message):
         "temperature=0", "temperature=-1", "top_p=2", "top_k=-5", "data.problems=0", "evaluation.samples=0",
         "evaluation.problems=-1", "logging_steps=5", "logging_strategy=no", "adam_beta1=1", "num_iterations=0",
         "learning_rate=inf", "max_steps=0", "max_steps=-1", "seed=-1", "max_completion_length=0", "recipe=foo",
-        "system_prompt=5", "resume_from_checkpoint=x", "save_only_model=true", "save_total_limit=1", "entropy_coef=0.1",
-        "data.split=test", "data.name=other", "capo.step_policy_shift=abc", "capo.min_objective_shift=2",
-        "data.max_prompt_tokens=0", "use_cpu=5", "capo.step_policy_shift=1e-3",
+        "system_prompt=5", "resume_from_checkpoint=x", "save_only_model=true", "save_total_limit=1",
+        "entropy_coef=0.1", "data.split=test", "data.name=other", "capo.step_policy_shift=abc",
+        "capo.min_objective_shift=2", "data.max_prompt_tokens=0", "use_cpu=5", "capo.step_policy_shift=1e-3",
     ],
 )  # fmt: skip
 def test_no_value_gives_a_traceback(override):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from open_r1_capo import checkpoint, grpo
@@ -116,6 +117,7 @@ def same_run(folder, reference):
 def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path, lab_policy):
     """After SIGKILL at random moments, parameters, moments and metrics are the uninterrupted run's."""
     folder, rng = tmp_path / "capo_aggressive" / "lab" / "seed0", random.Random(os.getpid())
+    print("killed at random moments of seed", os.getpid())
     arguments = [sys.executable, "-m", "open_r1_capo.grpo", *command(tmp_path, lab_policy)]
     for step in sorted(rng.sample(range(1, 6), 2)):
         process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -214,6 +216,44 @@ def test_a_folder_of_something_else_is_kept(capsys, tmp_path, lab_policy):
     for more in ([], ["overwrite=true"]):
         assert "holds files of something else" in refused(capsys, *command(tmp_path, lab_policy, *more))
     assert (folder / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("refusal", ["eval_strategy=steps", "report_to=nothing", "reward_weights=[1,2]"])
+def test_an_overwritten_run_is_kept_until_the_new_one_stands(capsys, finished, tmp_path, lab_policy, refusal):
+    folder = tmp_path / "capo_aggressive" / "lab" / "seed0"
+    shutil.copytree(finished[0], folder)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    refused(capsys, *command(tmp_path, lab_policy, "overwrite=true", refusal))
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_overwriting(finished, tmp_path, lab_policy):
+    folder = tmp_path / "capo_aggressive" / "lab" / "seed0"
+    shutil.copytree(finished[0], folder)
+    assert grpo.main(command(tmp_path, lab_policy, "overwrite=true", "max_steps=2")) == 0
+    assert [row["step"] for row in metrics(folder)] == [1, 2]
+    assert [path.name for path in folder.parent.iterdir()] == ["seed0"]
+
+
+def test_two_processes_cannot_share_a_folder(finished, tmp_path, lab_policy):
+    from open_r1_capo.run_folder import RunFolder, RunFolderError
+
+    folder = tmp_path / "seed0"
+    shutil.copytree(finished[0], folder)
+    settings = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    settings.pop("environment")
+    first, second = (RunFolder(folder).claim(settings, overwrite=False) for _ in range(2))
+    with first, pytest.raises(RunFolderError, match="another process"):
+        second.__enter__()
+
+
+@pytest.mark.parametrize("content", ["a: 1\n", "{", ""])
+def test_a_foreign_config_is_kept(capsys, tmp_path, lab_policy, content):
+    folder = tmp_path / "capo_aggressive" / "lab" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(content)
+    assert "holds files of something else" in refused(capsys, *command(tmp_path, lab_policy, "overwrite=true"))
+    assert (folder / "config.yaml").read_text() == content
 
 
 def test_a_model_without_a_chat_template(capsys, tmp_path, lab_policy):

@@ -1,6 +1,7 @@
 """The optimizer models against dense float64 oracles and torch.optim."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -149,6 +150,23 @@ def test_tokens_without_advantage_need_no_work_but_count():
     alone = AdamStep(11, 7, moment_average="per_token")
     alone.commit(batch, torch.ones(12))
     assert torch.allclose(step.table.first[1:], alone.table.first[1:] / 2)
+
+
+@pytest.mark.parametrize("average", ["per_logit", "per_token"])
+@pytest.mark.parametrize("granularity", ["sequence", "batch"])
+def test_silent_tokens_in_any_micro_batch(average, granularity):
+    """Whichever micro-batch the tokens without an advantage are in, the step is the same, and is the one proposed."""
+    batch, _ = random_batch(n=20)
+    batch = replace(batch, advantages=batch.advantages * (torch.arange(20) % 3 > 0))
+    whole, parts = (AdamStep(11, 7, moment_average=average) for _ in range(2))
+    proposed = whole.propose(batch, granularity)
+    whole.commit(batch, torch.ones(20))
+    for index in (torch.arange(20) % 3 == 0, torch.arange(20) % 3 == 1, torch.arange(20) % 3 == 2):
+        parts.accumulate(batch.select(index), torch.ones(int(index.sum())))
+    parts.commit()
+    assert relative_error(parts.planned(batch), whole.planned(batch)) < ERROR
+    if granularity == "batch":
+        assert relative_error(proposed * batch.occupied, whole.planned(batch) * batch.occupied) < ERROR
 
 
 def test_a_step_of_rejected_tokens_only_counts_and_touches_nothing():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
+import oracle
 import training
 from open_r1_capo.capo.selection import TokenSelection
 
@@ -24,7 +25,13 @@ METHODS = {
 
 
 @pytest.mark.parametrize("capo", [{"mode": "off"}, {"mode": "observe"}, {"mode": "mask"}, {"mode": "scale"}], ids=str)
-@pytest.mark.parametrize("method", [{"loss_type": "grpo", "beta": 0.1}, {"loss_type": "dapo", "num_iterations": 2}])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"loss_type": "grpo", "beta": 0.1, "gradient_accumulation_steps": 2},
+        {"loss_type": "dapo", "num_iterations": 2},
+    ],
+)
 def test_off_means_off(build, capo, method):
     """CAPO disabled, observing, or with infinite thresholds is plain TRL, bit for bit, after 3 steps."""
     if capo["mode"] in ("mask", "scale") and method["loss_type"] == "dapo":
@@ -149,6 +156,112 @@ def test_rejected_tokens_have_no_influence(build):
     assert torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize(("average", "absent"), [("per_logit", "hold"), ("per_token", "decay")])
+def test_a_whole_run_against_the_dense_oracle(build, average, absent):
+    """Shifts, masks and moments of three updates, recomputed from the model's own weights by autograd.
+
+    The schedule is not constant, so a stale learning rate is noticed; some tokens are rejected, so committing them
+    is noticed; the temperature is not 1.
+    """
+    capo = {"mode": "mask", "max_policy_shift": 6.3, "max_objective_shift": 60.0, "top_k": 30}
+    trainer = build(
+        capo | {"moment_average": average, "absent_rows": absent}, lr_scheduler_type="linear", learning_rate=1e-3,
+        per_device_train_batch_size=4, gradient_accumulation_steps=2, max_completion_length=3,
+    )  # fmt: skip
+    first = torch.zeros(trainer.step_model.vocab_size, trainer.step_model.dim, dtype=torch.float64)
+    moments, parts, judge, commit, rejected = [first, first.clone()], [], trainer._judge, trainer._commit, []
+
+    def recorded(*args):
+        parts.append(judge(*args))
+        check_tokens(trainer, parts[-1])
+        return parts[-1]
+
+    def checked():
+        lr = 1e-3 * (1 - trainer.state.global_step / 3)
+        step = trainer.state.global_step + 1
+        total, count, tokens = torch.zeros_like(first), torch.zeros(len(first), 1, dtype=torch.float64), 0
+        weight = trainer.model.lm_head.weight.detach().double()
+        for part in parts:
+            batch = oracle_batch(part, weight)
+            for i in range(len(batch)):
+                gradient = oracle.token_gradient(weight, batch, i)
+                if batch.advantages[i] != 0:  # the others need no shift
+                    direction = oracle.adam_direction(*moments, gradient, step)
+                    m_f, m_h, _ = oracle.shifts(weight, batch, [i], direction, lr)
+                    assert part.selection.policy_shift[i] == pytest.approx(float(m_f), rel=2e-2, abs=1e-5)
+                    assert part.selection.objective_shift[i] == pytest.approx(float(m_h), rel=2e-2, abs=1e-3)
+                if part.selection.weight[i] > 0:
+                    total += gradient
+                    count[batch.token_ids[i, oracle.occupied_slots(batch, i)]] += float(batch.advantages[i] != 0)
+                    tokens += 1
+        rejected.append(torch.cat([part.selection.weight == 0 for part in parts]).double().mean().item())
+        touched = total.abs().sum(1, keepdim=True) > 0
+        mean = total / (count.clamp(min=1) if average == "per_logit" else max(1, tokens))
+        for moment, beta, value in zip(moments, (0.9, 0.999), (mean, mean**2), strict=True):
+            moment.copy_(torch.where(touched | (absent == "decay"), beta * moment + (1 - beta) * value, moment))
+        commit()
+        state = trainer.step_model.state_dict()
+        rows = state["first_moment"] * (0.9 ** (step - state["last_step"][:, None]) if absent == "decay" else 1)
+        assert (rows - moments[0][state["token_ids"]]).abs().max() < 1e-4 * moments[0].abs().max()
+        parts.clear()
+
+    trainer._judge, trainer._commit = recorded, checked
+    trainer.train()
+    assert len(rejected) == 3
+    assert 0.1 < rejected[0] < 0.9
+
+
+def check_tokens(trainer, part):
+    """The token batch against the model's own hidden states and logits."""
+    with torch.no_grad():
+        out = trainer.model(part.input_ids, attention_mask=part.attention_mask, output_hidden_states=True)
+    hidden = trainer.model.model(part.input_ids, attention_mask=part.attention_mask).last_hidden_state
+    length = part.mask.shape[1]
+    expected = hidden[:, -length - 1 : -1][part.mask] / 0.9
+    assert torch.allclose(part.tokens.features, expected, rtol=1e-4, atol=1e-4)
+    policy = (out.logits[:, -length - 1 : -1][part.mask] / 0.9).softmax(-1)
+    on_support = policy.gather(1, part.tokens.token_ids) * part.tokens.occupied
+    renormalised = on_support / on_support.sum(1, keepdim=True)
+    assert torch.allclose(part.tokens.probs, renormalised, atol=1e-5)
+    assert torch.allclose(part.log_mass.exp(), on_support.sum(1), atol=1e-5)
+    sampled = part.tokens.token_ids.gather(1, part.tokens.action_index[:, None])[:, 0]
+    assert torch.equal(sampled, part.input_ids[:, -length:][part.mask])
+
+
+def oracle_batch(part, weight):
+    """The part's tokens in float64, with the probabilities of the float64 head."""
+    tokens = part.tokens
+    features = tokens.features.double()
+    logits = torch.einsum("nkd,nd->nk", weight[tokens.token_ids], features)
+    probs = logits.masked_fill(~tokens.occupied, -torch.inf).softmax(1)
+    return type(tokens)(features, tokens.token_ids, probs, tokens.action_index, tokens.advantages.double())
+
+
+def test_tool_tokens_take_no_part(build):
+    """Tokens that TRL's `tool_mask` excludes are neither judged nor committed."""
+    trainer = build({"mode": "mask"}, max_steps=1, generation_kwargs={"min_new_tokens": 6})
+    prepare, judge, parts = trainer._generate_and_score_completions, trainer._judge, []
+
+    def with_tools(inputs):
+        batch = prepare(inputs)
+        batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
+        batch["tool_mask"][:, 2:4] = 0
+        return batch
+
+    trainer._generate_and_score_completions = with_tools
+    trainer._judge = lambda *args: (parts.append(judge(*args)), parts[-1])[1]
+    trainer.train()
+    assert parts[0].mask.tolist() == [[True, True, False, False, True, True]] * 8
+
+
+def test_every_step_is_logged_with_reused_completions(build):
+    trainer = build({"mode": "observe"}, num_iterations=2, max_steps=4)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert ["reward" in row for row in rows] == [True, False, True, False]
+    assert all("capo/measured_kl" in row for row in rows)
+
+
 def masks_by_sequence(trainer):
     """Token weights of the first update, by completion text, whatever the order and the padding."""
     found, judge = {}, trainer._judge
@@ -259,6 +372,23 @@ def test_planned_step_shortens_one_update_and_restores_the_schedule(build):
         assert rate == pytest.approx(1e-2 * expected)
     assert min(row["capo/step_scale"] for row in rows) < 0.1
     assert trainer.optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_planned_steps_keep_their_budget_without_a_gradient(build):
+    """When all rewards agree, Adam's momentum still moves every row; the plan must see that."""
+    calls = []
+
+    def reward(completion_ids, **kwargs):
+        calls.append(1)
+        return [1.0] * len(completion_ids) if len(calls) > 3 else training.token_reward(completion_ids)
+
+    capo = {"mode": "observe", "step_policy_shift": 1e-4, "absent_rows": "decay"}
+    trainer = build(capo, reward=reward, max_steps=6)
+    trainer.train()
+    rows = training.history(trainer)
+    assert [row["reward_std"] > 0 for row in rows] == [True] * 3 + [False] * 3
+    assert all(row["capo/batch_policy_shift"] > 1e-4 for row in rows[3:])
+    assert max(row["capo/measured_kl"] for row in rows[3:]) < 2e-3
 
 
 def test_feedback_calibrates_by_the_measured_kl(build):

@@ -160,7 +160,7 @@ class RowEntries:
         offsets: (R + 1,) int64; the entries of row r are offsets[r] to offsets[r + 1].
         token: (E,) int64, the token of each entry, ascending within a row.
         coefficient: (E,), w A v of each entry.
-        count: (R,), the number of tokens whose support holds the row, with or without a gradient.
+        count: (R,), the number of tokens with a gradient whose support holds the row.
         tokens: (), the number of all tokens counted.
     """
 
@@ -202,16 +202,15 @@ def row_entries(batch: TokenBatch, weight: Tensor) -> RowEntries:
     ids, length = torch.unique_consecutive(ids[: len(order)], return_counts=True)
     ids, offsets = ids.long(), torch.cat([length.new_zeros(1), length.cumsum(0)])
     coefficient = (weight.to(batch.dtype)[:, None] * batch.coefficient).flatten()[order]
-    count = torch.bincount(batch.token_ids.flatten(), occupied.flatten().float())[ids]
     token = order // batch.token_ids.shape[1]
-    return RowEntries(ids, offsets, token, coefficient, count, kept.sum().to(batch.dtype))
+    return RowEntries(ids, offsets, token, coefficient, length.float(), kept.sum().to(batch.dtype))
 
 
 def row_gradient(batch: TokenBatch, weight: Tensor, scratch_bytes: int) -> RowGradient:
     """The weighted gradient rows of a batch (Eq. 7).
 
     Tokens of weight 0 are left out altogether, so that a rejected non-finite token cannot spread. Tokens of
-    advantage 0 count in the averages but touch no row.
+    advantage 0 touch no row: they count in the mean over all tokens, not in a row's own.
 
     Args:
         batch: N tokens.

@@ -111,7 +111,10 @@ class _Step:
         coefficient = batch.coefficient[occupied][order]
         count = torch.bincount(entry_pair)
         offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
-        share = count if self.moment_average == "per_logit" else torch.bincount(subset)[pair // stride]
+        if self.moment_average == "per_logit":
+            share = torch.bincount(entry_pair, (batch.advantages != 0)[token].float()).clamp(min=1)
+        else:
+            share = torch.bincount(subset)[pair // stride]
         x, dots = batch.features, torch.empty_like(coefficient)
         for rows in chunks(len(pair), 6 * x.shape[1] * coefficient.element_size(), self.scratch_bytes):
             bounds = offsets[rows.start : rows.stop + 1]
