@@ -13,6 +13,7 @@ import argparse
 import errno
 import json
 import logging
+import netrc
 import os
 import sys
 import time
@@ -22,7 +23,6 @@ from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
-import wandb
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils import logging as transformers_logging
@@ -138,8 +138,16 @@ def tell_wandb(config: RunConfig, args: GRPOConfig, folder: RunFolder) -> None:
     args.run_name = args.run_name or f"{config.recipe}-{config.scale}-seed{args.seed}"
     os.environ.setdefault("WANDB_DIR", str(folder.path))
     os.environ.setdefault("WANDB_PROJECT", "open-r1-capo")
-    if "wandb" in args.report_to and "WANDB_MODE" not in os.environ and not wandb.api.api_key:
-        os.environ["WANDB_MODE"] = "offline"
+    if "WANDB_API_KEY" not in os.environ and not logged_in_to_wandb():
+        os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def logged_in_to_wandb() -> bool:
+    """Whether `wandb login` has left a key in the user's netrc file."""
+    try:
+        return any("wandb" in host for host in netrc.netrc().hosts)
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def known_rewards(config: RunConfig) -> list[Callable]:
