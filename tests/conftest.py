@@ -40,3 +40,11 @@ def lab_policy(tmp_path_factory) -> Path:
     from open_r1_capo.lab.pretrain import LabSettings
 
     return base_policy(cache_dir=tmp_path_factory.mktemp("cache"), settings=LabSettings(steps=120, batch_size=32))
+
+
+@pytest.fixture
+def build(tiny_policy, tiny_tokenizer, tmp_path):
+    """Build a trainer on the random policy: `build(capo, **changes)`, see `training.build`."""
+    import training
+
+    return lambda *args, **kwargs: training.build(tiny_policy, tiny_tokenizer, tmp_path, *args, **kwargs)
