@@ -12,6 +12,7 @@ eval-model:
 
 eval: eval-model $(STAMP) .venv-eval/.ready $(if $(filter transformers,$(BACKEND)),,.venv-vllm/.tried) ## evaluate MODEL=… or RUN=… on the eight test sets [TASKS= SAMPLES= LIMIT= DATA= OUT= BACKEND=]
 	@$(BIN)/python eval/run.py $(EVAL_FLAGS)
+	@$(if $(RUN),test ! -f '$(RUN)/summary.json' || $(BIN)/python -m open_r1_capo.report '$(RUN)')
 
 data-check: $(STAMP) ## list training problems that are also in a test set [DATA=<folder> TRAIN=math_train_12000]
 	@$(BIN)/python eval/data_check.py $(if $(DATA),--data '$(DATA)') $(if $(TRAIN),--train '$(TRAIN)')

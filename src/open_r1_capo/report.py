@@ -117,15 +117,24 @@ def write_report(folder: RunFolder, settings: dict[str, Any], summary: dict[str,
     page = PAGE.format(
         title=html.escape(title),
         cells=cells,
-        curves=_curves(rows),
+        curves=_curves(rows, folder.read_evaluations()),
         settings=html.escape(OmegaConf.to_yaml(OmegaConf.create(settings))),
     )
     write_atomically(Path(folder.report), page)
 
 
-def _curves(rows: list[dict[str, Any]]) -> str:
-    """The panels as one inline SVG."""
-    figure, axes = plt.subplots(3, 2, figsize=(11, 9.5), constrained_layout=True)
+def _curves(rows: list[dict[str, Any]], tests: list[dict[str, Any]]) -> str:
+    """The panels as one inline SVG; TEST (App. G, M) below them, if checkpoints have been evaluated."""
+    figure, grid = plt.subplots(4 if tests else 3, 2, figsize=(11, 12.5 if tests else 9.5), constrained_layout=True)
+    axes = grid[:3]
+    for axis, key in zip(grid[3] if tests else (), ("completions", "accepted_tokens"), strict=False):
+        known = [test for test in tests if test.get(key) is not None]  # plain TRL counts no accepted tokens
+        x, y, error = ([test[name] for test in known] for name in (key, "test", "test_stderr"))
+        axis.errorbar(x, y, error, color=MAIN, marker="o", ms=4, lw=1.3, capsize=2)
+        axis.set_title(f"TEST, mean of {tests[-1]['over']} test sets", fontsize=10, loc="left")
+        axis.set_xlabel(f"training {key.replace('_', ' ')}", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
     x = [row["completions"] for row in rows]
     panel = _Panel(rows, x)
     reward, rejected, policy, objective, kl, norm = axes.flat

@@ -144,6 +144,12 @@ class RunFolder:
                 break
         return rows
 
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """What `make eval RUN=…` found, a line a checkpoint, in the order of their steps; empty if it never ran."""
+        path = self.path / "eval.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return sorted(rows, key=lambda row: row["step"])
+
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one optimizer step's metrics, durable at once."""
         with self.metrics.open("a") as file:
