@@ -92,7 +92,7 @@ def draw(runs: dict[str, list[list[dict]]], out: Path) -> Path:
         axis.grid(alpha=0.25)
         if log and any(y > 0 for line in axis.get_lines() for y in line.get_ydata()):
             axis.set_yscale("log")
-    axes.flat[0].legend(fontsize=8, frameon=False)
+    axes.flat[1].legend(fontsize=8, frameon=False)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "runs.png"
     figure.savefig(path, dpi=110)
@@ -137,7 +137,7 @@ def table(summaries: dict[str, list[dict]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw and table the runs named on the command line.
+    """Draw and table the runs named on the command line, and put their summaries into runs.json.
 
     Args:
         argv: arguments; None takes the process's.
@@ -163,6 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     path = draw(rows, options.out)
     (options.out / "runs.md").write_text(table(summaries))
+    (options.out / "runs.json").write_text(json.dumps(summaries, indent=1) + "\n")
     print(table(summaries), end="")
     print(f"drawn in {path}")
     return 0
