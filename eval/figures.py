@@ -91,7 +91,7 @@ def draw(runs: dict[str, list[list[dict]]], out: Path) -> Path:
         axis.set_xlabel("training completions", fontsize=8)
         axis.grid(alpha=0.25)
         if log and any(y > 0 for line in axis.get_lines() for y in line.get_ydata()):
-            axis.set_yscale("log")
+            axis.set_yscale("log", nonpositive="mask")
     axes.flat[1].legend(fontsize=8, frameon=False)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "runs.png"
