@@ -45,6 +45,14 @@ def test_summary(run_folder):
     assert len(summary["reward_windows"]) == 2
 
 
+def test_a_collapse_is_said(run_folder):
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert "collapsed" not in "\n".join(report.summary_lines(RunFolder(run_folder)))
+    summary["accuracy_after"]["accuracy"] = 0.01
+    (run_folder / "summary.json").write_text(json.dumps(summary))
+    assert "the policy collapsed" in "\n".join(report.summary_lines(RunFolder(run_folder)))
+
+
 def test_report_again_with_evaluations(run_folder, capsys):
     assert report.main([str(run_folder)]) == 0
     assert "held-out accuracy  0.200 ± 0.010 before" in capsys.readouterr().out

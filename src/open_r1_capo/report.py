@@ -88,6 +88,11 @@ def summary_lines(folder: RunFolder) -> list[str]:
             f"  held-out accuracy  {b['accuracy']:.3f} ± {b['standard_error']:.3f} before, {a['accuracy']:.3f} ± "
             f"{a['standard_error']:.3f} after (best {s['accuracy_best']:.3f} at step {s['accuracy_best_step']})"
         )
+        if a["accuracy"] < b["accuracy"] - 3 * b["standard_error"]:
+            lines.append(
+                "  the policy collapsed   a lower learning_rate, RECIPE=capo_scale_aggressive or RECIPE=grpo_planned "
+                "may keep it (docs/results.md)"
+            )
     else:
         lines.append(f"  training reward    {s['reward_windows'][0]:.3f} → {s['reward_windows'][-1]:.3f}")
     if "rejected_frac" in s:
