@@ -117,8 +117,9 @@ def test_documented_commands_exist(path, line):
         assert verbs, line
         assert set(verbs) <= make_verbs() | {"all"}, line
     recipe = variables.get("RECIPE") or (words[words.index("--config-name") + 1] if "--config-name" in words else None)
-    if recipe:
-        assert recipe in known_recipes(), line
+    recipes = words[words.index("in") + 1 :] if recipe == "$recipe" else [recipe] if recipe else []
+    recipes = [name.rstrip(";") for name in recipes[: next((i + 1 for i, r in enumerate(recipes) if ";" in r), None)]]
+    assert set(recipes) <= set(known_recipes()), line
     if "SCALE" in variables:
         assert (RECIPES / "scale" / f"{variables['SCALE']}.yaml").is_file(), line
     arguments = re.search(r'ARGS="([^"]*)"', line)
@@ -128,7 +129,7 @@ def test_documented_commands_exist(path, line):
     if words[0] == "make" and "train" not in words:
         settings = []
     if settings:
-        compose_recipe(recipe or "capo_aggressive", settings)
+        compose_recipe(recipes[0] if recipes else "capo_aggressive", settings)
     for word in words:
         if re.match(r"(recipes|slurm|eval|src|tests|benchmarks|docs)/[\w./-]+$", word):
             assert (ROOT / word).exists(), line
