@@ -13,7 +13,7 @@ from server import EvalError
 # what decides a model's answers; optimizer states and other leftovers of training do not
 WEIGHTS = ("*.safetensors", "*.bin")
 RECIPES = ("config.json", "generation_config.json", "tokenizer*", "*.jinja", "vocab*", "merges.txt", "*.model")
-NOT_WEIGHTS = ("capo_state.safetensors", "training_args.bin")
+NOT_WEIGHTS = ("training_args.bin",)
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ def test_a_checkpoint_is_an_ordinary_folder(finished):
 
     folder = finished[0] / "checkpoints" / "checkpoint-6"
     AutoModelForCausalLM.from_pretrained(folder)
+    assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]  # all that vLLM may load
     AutoTokenizer.from_pretrained(folder)
     assert damage(folder) is None
 
@@ -107,7 +108,7 @@ def test_a_finished_run_is_not_run_again(finished, capsys, lab_policy):
 
 def same_run(folder, reference):
     ours, theirs = folder / "checkpoints" / "checkpoint-6", reference / "checkpoints" / "checkpoint-6"
-    for name in ("model.safetensors", "capo_state.safetensors"):
+    for name in ("model.safetensors", "capo/state.safetensors"):
         a, b = load_file(ours / name), load_file(theirs / name)
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a), name
@@ -148,7 +149,7 @@ def test_planned_steps_resume_with_their_calibration(tmp_path, lab_policy):
     assert min(row["capo/step_scale"] for row in metrics(folder)) < 1
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "capo_state.safetensors", "optimizer.pt", "trainer_state.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "capo/state.safetensors", "optimizer.pt", "trainer_state.json"])
 def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path, lab_policy, name):
     folder = tmp_path / "capo_aggressive" / "lab" / "seed0"
     shutil.copytree(finished[0], folder)
@@ -297,7 +298,7 @@ def test_a_checkpoint_of_another_optimizer_model(capsys, finished, tmp_path, lab
     (folder / "summary.json").unlink()
     last = folder / "checkpoints" / "checkpoint-6"
     shutil.copytree(folder / "checkpoints" / "checkpoint-4", last, dirs_exist_ok=True)
-    (last / "capo_state.safetensors").write_bytes(b"not a tensor file")
+    (last / "capo/state.safetensors").write_bytes(b"not a tensor file")
     seal(last)
     assert grpo.main(command(tmp_path, lab_policy)) == 2
     assert "cannot be read as CAPO's state" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """CAPO's part of a checkpoint, and whether a checkpoint is complete.
 
-Beside what the trainer writes, a checkpoint folder holds `capo_state.safetensors` (the optimizer model's moments,
+Beside what the trainer writes, a checkpoint folder holds `capo/state.safetensors` (the optimizer model's moments,
 its settings and the run's counters) and, written last, `complete.json`: the size of every file and, for files up
 to 64 MB, its SHA-256. A folder without it, or that does not match it, was cut off or damaged.
 """
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from open_r1_capo.capo import AdamStep, SGDStep
 
 VERSION = 1
-STATE, SEAL = "capo_state.safetensors", "complete.json"
+STATE, SEAL = "capo/state.safetensors", "complete.json"  # in a folder: vLLM loads every tensor file beside config.json
 HASHED_BYTES = 64 * 2**20  # hashing tens of gigabytes at every save would cost more than it protects
 
 
@@ -40,6 +40,7 @@ def save_state(folder: Path, step_model: AdamStep | SGDStep, extra: dict[str, An
     tensors = {name: value.cpu().contiguous() for name, value in state.items() if isinstance(value, torch.Tensor)}
     plain = {name: value for name, value in state.items() if name not in tensors}
     header = {"version": VERSION, "state": plain, "extra": extra}
+    (folder / STATE).parent.mkdir(exist_ok=True)
     save_file(tensors, folder / (STATE + ".part"), metadata={"capo": json.dumps(header)})
     os.replace(folder / (STATE + ".part"), folder / STATE)
 
