@@ -17,7 +17,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from open_r1_capo.capo.curvature import VocabularySums
 
-LOGITS_BYTES = 256 * 2**20  # bound of one chunk's float32 logits
+LOGITS_BYTES = 64 * 2**20  # bound of one chunk's float32 logits; two or three of that size live at once
 SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
@@ -156,7 +156,7 @@ def _logit_chunks(model: PreTrainedModel, hidden: Tensor, temperature: float) ->
         for start in range(0, len(hidden), size):
             part = slice(start, min(start + size, len(hidden)))
             logits = torch.nn.functional.linear(hidden[part].to(head.weight.dtype), head.weight, head.bias)
-            yield part, logits.float() / temperature
+            yield part, logits.float().div_(temperature)
 
 
 def _chunk_support(logits: Tensor, actions: Tensor, top_k: int, with_sums: bool) -> Support:
