@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.rewards import accuracy_reward
 
 from open_r1_capo.lab import policy, task
-from open_r1_capo.lab.policy import LabError, base_policy, cache_key, held_out_accuracy, is_sound
+from open_r1_capo.lab.policy import LabError, base_policy, cache_key, held_out_accuracy, is_sound, suite_accuracy
 from open_r1_capo.lab.pretrain import IGNORE, LabSettings, encode, pretrain
 from open_r1_capo.lab.tokenizer import build_tokenizer
 
@@ -306,3 +306,26 @@ def test_greedy_measurement_ignores_the_seed(loaded):
         for seed in (0, 1)
     )
     assert first == second
+
+
+def test_suite_is_the_mean_of_the_variants(loaded):
+    model, tok = loaded
+    before, right = torch.get_rng_state(), {}
+
+    def reward(completions, solution):
+        right["solution"] = solution
+        return [float(int(i < 8) or i % 4 == 0) for i in range(len(solution))]  # 4 problems x 2 samples a variant
+
+    out = suite_accuracy(model.train(), tok, 4, reward, samples=2, max_new_tokens=3, batch_size=48)
+    assert model.training
+    assert torch.equal(before, torch.get_rng_state())
+    wanted = [row["answer"] for name in task.VARIANTS for row in task.problems("test", 4, variant=name) for _ in "12"]
+    assert right["solution"] == wanted
+    assert list(out["tasks"]) == list(task.VARIANTS)
+    assert out["tasks"]["base"] == {"accuracy": 1.0, "stderr": 0.0}
+    assert out["tasks"]["story"]["accuracy"] == 0.25  # problems score 1/2, 0, 1/2, 0
+    assert out["tasks"]["story"]["stderr"] == pytest.approx((1 / 12) ** 0.5 / 2)
+    assert out["test"] == pytest.approx((1 + 7 * 0.25) / 8)
+    assert out["test_stderr"] == pytest.approx((7 / 48) ** 0.5 / 8)
+    with pytest.raises(ValueError, match="no problem"):
+        suite_accuracy(model, tok, 1, lambda completions, solution: [None] * len(solution), max_new_tokens=2)

@@ -182,6 +182,49 @@ def _evaluating(model: PreTrainedModel, seed: int) -> Iterator[None]:
             model.train(training)
 
 
+def _group_scores(  # noqa: PLR0913 (the options of the two measurements)
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[dict[str, str]],
+    reward: Reward,
+    *,
+    samples: int,
+    temperature: float,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+) -> tuple[list[list[float]], list[int]]:
+    """Complete and score problems; the scores of each problem, without None, and every completion's length."""
+    # Greedy is said as the best one of one: with do_sample off, the model's own sampling settings raise warnings.
+    sampling = {"temperature": temperature, "top_k": 0} if temperature > 0 else {"top_k": 1}
+    config = GenerationConfig(
+        do_sample=True,
+        **sampling,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    rows = [row for row in problems for _ in range(samples)]
+    completions, lengths = [], []
+    with _evaluating(model, seed):
+        for start in range(0, len(rows), batch_size):
+            batch = [row["problem"] for row in rows[start : start + batch_size]]
+            texts, counts = _sample(model, tokenizer, batch, config)
+            completions += [[{"role": "assistant", "content": text}] for text in texts]
+            lengths += counts.tolist()
+    scores = reward(completions, [row["answer"] for row in rows])
+    return [[s for s in scores[i : i + samples] if s is not None] for i in range(0, len(rows), samples)], lengths
+
+
+def _mean(grouped: list[list[float]]) -> tuple[float, float, int]:
+    """Mean over problems of their mean score, its standard error from their spread, and how many were scored."""
+    means = torch.tensor([sum(group) / len(group) for group in grouped if group], dtype=torch.float64)
+    if len(means) == 0:
+        raise ValueError("no problem could be scored")
+    error = (means.std() / len(means) ** 0.5).item() if len(means) > 1 else float("nan")
+    return means.mean().item(), error, len(means)
+
+
 def held_out_accuracy(  # noqa: PLR0913 (the last five are options by name)
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -215,31 +258,76 @@ def held_out_accuracy(  # noqa: PLR0913 (the last five are options by name)
     Raises:
         ValueError: If no problem could be scored.
     """
-    # Greedy is said as the best one of one: with do_sample off, the model's own sampling settings raise warnings.
-    sampling = {"temperature": temperature, "top_k": 0} if temperature > 0 else {"top_k": 1}
-    config = GenerationConfig(
-        do_sample=True,
-        **sampling,
+    grouped, lengths = _group_scores(
+        model,
+        tokenizer,
+        problems,
+        reward,
+        samples=samples,
+        temperature=temperature,
         max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        batch_size=batch_size,
+        seed=seed,
     )
-    rows = [row for row in problems for _ in range(samples)]
-    completions, lengths = [], []
-    with _evaluating(model, seed):
-        for start in range(0, len(rows), batch_size):
-            batch = [row["problem"] for row in rows[start : start + batch_size]]
-            texts, counts = _sample(model, tokenizer, batch, config)
-            completions += [[{"role": "assistant", "content": text}] for text in texts]
-            lengths += counts.tolist()
-    scores = reward(completions, [row["answer"] for row in rows])
-    grouped = [[s for s in scores[i : i + samples] if s is not None] for i in range(0, len(rows), samples)]
-    means = torch.tensor([sum(group) / len(group) for group in grouped if group], dtype=torch.float64)
-    if len(means) == 0:
-        raise ValueError("no problem could be scored")
+    accuracy, error, n = _mean(grouped)
+    length = sum(lengths) / len(lengths)
+    return {"accuracy": accuracy, "standard_error": error, "n": n, "mean_completion_length": length}
+
+
+def suite_accuracy(  # noqa: PLR0913 (the last six are options by name)
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems_per_variant: int,
+    reward: Reward,
+    *,
+    samples: int = 1,
+    temperature: float = 0.9,
+    max_new_tokens: int = 48,
+    batch_size: int = 256,
+    seed: int = 0,
+    problems_seed: int = 0,
+) -> dict[str, float | dict[str, dict[str, float]]]:
+    """Measure the lab's TEST: the mean accuracy of the eight held-out variants, all generated together.
+
+    Args:
+        model: The policy; its mode and torch's random state stay as they were.
+        tokenizer: Its tokenizer, with a chat template.
+        problems_per_variant: Held-out problems of each variant, at least 2 for standard errors.
+        reward: As in `held_out_accuracy`.
+        samples: Completions a problem.
+        temperature: Of the sampling; 0 for greedy completions.
+        max_new_tokens: Longest completion, in tokens.
+        batch_size: Completions generated at once.
+        seed: Of the sampling.
+        problems_seed: Decides which problems.
+
+    Returns:
+        ``test`` (mean of the variants' accuracies), ``test_stderr`` (of that mean, from the spread between the
+        problems of a variant) and ``tasks``: for each variant its ``accuracy`` and ``stderr``.
+
+    Raises:
+        ValueError: If no problem of a variant could be scored.
+    """
+    problems = [
+        row for name in task.VARIANTS for row in task.problems("test", problems_per_variant, problems_seed, name)
+    ]
+    grouped, _ = _group_scores(
+        model,
+        tokenizer,
+        problems,
+        reward,
+        samples=samples,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    tasks = {}
+    for i, name in enumerate(task.VARIANTS):
+        accuracy, error, _ = _mean(grouped[i * problems_per_variant : (i + 1) * problems_per_variant])
+        tasks[name] = {"accuracy": accuracy, "stderr": error}
     return {
-        "accuracy": means.mean().item(),
-        "standard_error": (means.std() / len(means) ** 0.5).item() if len(means) > 1 else float("nan"),
-        "n": len(means),
-        "mean_completion_length": sum(lengths) / len(lengths),
+        "test": sum(t["accuracy"] for t in tasks.values()) / len(tasks),
+        "test_stderr": sum(t["stderr"] ** 2 for t in tasks.values()) ** 0.5 / len(tasks),
+        "tasks": tasks,
     }
