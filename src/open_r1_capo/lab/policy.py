@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,10 +105,12 @@ def _make(folder: Path, settings: LabSettings, seed: int) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         made = scratch / "policy"
-        tok = tokenizer.build_tokenizer(settings.max_length)
+        tok = tokenizer.build_tokenizer(settings.max_length, settings.mixture.filler_tokens)
+        started = time.monotonic()
         pretrain.pretrain(settings, tok, seed).save_pretrained(made)
         tok.save_pretrained(made)
-        record = {"seed": seed, "settings": dataclasses.asdict(settings), "files": _digests(made)}
+        facts = {"seed": seed, "settings": dataclasses.asdict(settings), "seconds": round(time.monotonic() - started)}
+        record = facts | {"files": _digests(made)}
         (made / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if folder.exists() and not is_sound(folder):
             print(f"lab policy: {folder} is damaged, replacing it", file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
@@ -39,7 +39,9 @@ class LabSettings:
         batch_size: Texts a step.
         learning_rate: Peak rate of pretraining; linear warm-up over a twentieth of the steps, then cosine to 0.
         threads: CPU threads; part of the settings because sums of floats depend on it.
-        mixture: Shares of the styles of completions.
+        filler_ramp: Share of the steps in which filler grows from none to `mixture.filler_words`: sums are learnt
+            from short texts first, which is quicker and surer.
+        mixture: Shares of the styles of completions, and their filler.
     """
 
     hidden_size: int = 128
@@ -53,7 +55,43 @@ class LabSettings:
     batch_size: int = 64
     learning_rate: float = 3e-3
     threads: int = 1
+    filler_ramp: float = 0.5
     mixture: Mixture = field(default_factory=Mixture)
+
+    def __post_init__(self):
+        """Check ranges, and that the heads divide the width.
+
+        Raises:
+            ValueError: Naming the field, its value and what it may be.
+        """
+        sizes = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
+        for name in (*sizes, "steps", "batch_size", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_length < 64:
+            raise ValueError(f"max_length must be at least 64 (prompts have up to 40 tokens), got {self.max_length}")
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size must be a multiple of 2 x heads, got {self.hidden_size} and {self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
+        for name in ("head_balance", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be greater than 0 and finite, got {getattr(self, name)}")
+        if not 0 <= self.filler_ramp <= 1:
+            raise ValueError(f"filler_ramp is a share between 0 and 1, got {self.filler_ramp}")
+
+    def mixture_at(self, step: int) -> Mixture:
+        """Give the mixture of one pretraining step.
+
+        Args:
+            step: From 1.
+
+        Returns:
+            The mixture, with less filler during the ramp.
+        """
+        ramp = self.filler_ramp * self.steps
+        share = min(1.0, step / ramp) if ramp else 1.0
+        return replace(self.mixture, filler_words=share * self.mixture.filler_words)
 
 
 @contextmanager
@@ -123,10 +161,12 @@ def encode(problem: str, completion: str, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _batch(
-    rng: random.Random, settings: LabSettings, tokenizer: PreTrainedTokenizerBase
+    rng: random.Random, settings: LabSettings, tokenizer: PreTrainedTokenizerBase, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one batch of token ids and labels, padded on the right, both (batch_size, longest)."""
-    rows = [encode(*pretraining_text(rng, settings.mixture), tokenizer) for _ in range(settings.batch_size)]
+    mixture = settings.mixture_at(step)
+    rows = [encode(*pretraining_text(rng, mixture), tokenizer) for _ in range(settings.batch_size)]
+    rows = [(ids[: settings.max_length], labels[: settings.max_length]) for ids, labels in rows]
     longest = max(len(ids) for ids, _ in rows)
     ids = [row + [tokenizer.pad_token_id] * (longest - len(row)) for row, _ in rows]
     labels = [row + [IGNORE] * (longest - len(row)) for _, row in rows]
@@ -180,7 +220,7 @@ def pretrain(settings: LabSettings, tokenizer: PreTrainedTokenizerBase, seed: in
     with _threads(settings.threads), torch.enable_grad():
         model.train()
         for step in range(1, settings.steps + 1):
-            loss = _loss(model, *_batch(rng, settings, tokenizer))
+            loss = _loss(model, *_batch(rng, settings, tokenizer, step))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

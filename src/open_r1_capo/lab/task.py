@@ -2,14 +2,20 @@ r"""The lab's task: sums of a few small numbers, answered in ``\boxed{}`` so tha
 
 Every function is pure and deterministic in its seed. Problems are split by their terms: whatever the wording or the
 order, a multiset of terms belongs either to ``train`` (pretraining and reinforcement learning) or to ``test``.
+
+Completions are a dozen tokens long. With filler (`Mixture.filler_words`) each part of one comes after made-up words of
+Zipf frequency: completions of hundreds of tokens, most of them uncertain and without effect on the answer.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 SPLITS = ("train", "test")
 TEST_SHARE = 5  # one multiset of terms in five is held out
@@ -23,6 +29,10 @@ RAMBLES = (
     "This sum looks hard.",
     "Wait, let me start again.",
 )
+CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"  # of the filler words, two syllables each
+FILLER_WORDS = (len(CONSONANTS) * len(VOWELS)) ** 2
+
+Filler = Callable[[random.Random], str]  # gives the words before one part of a completion
 
 
 @dataclass(frozen=True)
@@ -146,8 +156,69 @@ def boxed(answer: int | str) -> str:
     return rf"\boxed{{{answer}}}"
 
 
+def filler_vocabulary(size: int) -> list[str]:
+    """List made-up words, the most frequent first.
+
+    Args:
+        size: How many, at most `FILLER_WORDS`; a larger vocabulary begins with the smaller one.
+
+    Returns:
+        Different words of two syllables, each with the space after it.
+    """
+    syllables = [c + v for c, v in itertools.product(CONSONANTS, VOWELS)]
+    words = [f"{first}{second} " for first, second in itertools.product(syllables, syllables)]
+    random.Random("filler").shuffle(words)
+    return words[:size]
+
+
+@lru_cache(maxsize=8)
+def _zipf(size: int, exponent: float) -> tuple[list[str], list[float]]:
+    """Words and their cumulative weights: the r-th word has weight r^-exponent."""
+    weights = (rank**-exponent for rank in range(1, size + 1))
+    return filler_vocabulary(size), list(itertools.accumulate(weights))
+
+
+def no_filler(rng: random.Random) -> str:
+    """Give no words.
+
+    Args:
+        rng: Left as it is.
+
+    Returns:
+        An empty text.
+    """
+    return ""
+
+
+def zipf_filler(mean: float, size: int, exponent: float) -> Filler:
+    """Make a source of filler: independent words of Zipf frequency, half to one and a half times the mean number.
+
+    Args:
+        mean: Mean number of words a call; 0 gives `no_filler`.
+        size: Number of different words.
+        exponent: The r-th most frequent word has a frequency proportional to r^-exponent.
+
+    Returns:
+        A function that draws one filler text and advances the generator that it is given.
+    """
+    if mean == 0:
+        return no_filler
+    words, weights = _zipf(size, exponent)
+
+    def draw(rng: random.Random) -> str:
+        # Rounded up or down at random, so that the mean holds; the narrow range keeps few completions from their end.
+        n = int(mean * rng.uniform(0.5, 1.5) + rng.random())
+        return "".join(rng.choices(words, cum_weights=weights, k=n))
+
+    return draw
+
+
 def worked_solution(
-    terms: tuple[int, ...], rng: random.Random | None = None, slip: float = 0.0, shortcut: float = 0.0
+    terms: tuple[int, ...],
+    rng: random.Random | None = None,
+    slip: float = 0.0,
+    shortcut: float = 0.0,
+    filler: Filler = no_filler,
 ) -> str:
     r"""Write the running sums of a problem, as ``3+5=8, 8+7=15, \boxed{15}``.
 
@@ -156,6 +227,7 @@ def worked_solution(
         rng: Source of slips and shortcuts; needed when either is possible.
         slip: Probability that one running sum is off by one or two; later sums go on from the wrong one.
         shortcut: Probability that a step adds two terms at once, as ``3+5+7=15``, where two are left.
+        filler: Source of the words before each running sum and before the answer.
 
     Returns:
         The completion's text.
@@ -174,18 +246,19 @@ def worked_solution(
         result = total + sum(taken)
         if rng.random() < slip:
             result = max(0, result + rng.choice((-2, -1, 1, 2)))
-        text += f"{total}{''.join(f'{t:+d}' for t in taken)}={result}, "
+        text += f"{filler(rng)}{total}{''.join(f'{t:+d}' for t in taken)}={result}, "
         total = result
-    return text + boxed(total)
+    return text + filler(rng) + boxed(total)
 
 
-def direct_answer(terms: tuple[int, ...], rng: random.Random, right: float) -> str:
+def direct_answer(terms: tuple[int, ...], rng: random.Random, right: float, filler: Filler = no_filler) -> str:
     """Write an answer without any work, often a wrong one near the right one.
 
     Args:
         terms: Signed terms.
         rng: Source of randomness; it is advanced.
         right: Probability of the right answer.
+        filler: Source of the words before the opening and before the answer.
 
     Returns:
         The completion's text.
@@ -193,19 +266,21 @@ def direct_answer(terms: tuple[int, ...], rng: random.Random, right: float) -> s
     answer = sum(terms)
     if rng.random() >= right:
         answer = max(0, answer + rng.choice((-5, -4, -3, -2, -1, 1, 2, 3, 4, 5)))
-    return rng.choice(OPENINGS) + boxed(answer) + "."
+    opening = rng.choice(OPENINGS)
+    return filler(rng) + opening + filler(rng) + boxed(answer) + "."
 
 
-def ramble(rng: random.Random) -> str:
+def ramble(rng: random.Random, filler: Filler = no_filler) -> str:
     """Write one to three sentences that never come to an answer.
 
     Args:
         rng: Source of randomness; it is advanced.
+        filler: Source of the words before each sentence.
 
     Returns:
         The completion's text.
     """
-    return " ".join(rng.sample(RAMBLES, rng.randint(1, 3)))
+    return " ".join(filler(rng) + sentence for sentence in rng.sample(RAMBLES, rng.randint(1, 3)))
 
 
 @dataclass(frozen=True)
@@ -219,6 +294,10 @@ class Mixture:
         slip: Probability of a slip at one running sum.
         shortcut: Probability that a step adds two terms at once, which the policy does badly.
         right: Probability that a direct answer is right.
+        filler_words: Mean number of filler words before each part of a completion: a running sum, an opening, a
+            sentence, the answer. A worked solution of the base variant has about four parts.
+        filler_vocabulary: Number of different filler words; without filler none is in the tokenizer.
+        filler_exponent: The r-th most frequent one has a frequency proportional to r^-exponent.
     """
 
     base: float = 0.5
@@ -227,6 +306,37 @@ class Mixture:
     slip: float = 0.06
     shortcut: float = 0.2
     right: float = 0.35
+    filler_words: float = 0.0
+    filler_vocabulary: int = 300
+    filler_exponent: float = 1.0
+
+    def __post_init__(self):
+        """Check ranges.
+
+        Raises:
+            ValueError: Naming the field, its value and what it may be.
+        """
+        for name in ("base", "worked", "direct", "slip", "shortcut", "right"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
+        if self.worked + self.direct > 1 + 1e-9:
+            raise ValueError(f"worked and direct are shares of one whole, got {self.worked} + {self.direct}")
+        if not 0 <= self.filler_words < math.inf:
+            raise ValueError(f"filler_words must be at least 0 and finite, got {self.filler_words}")
+        if not 1 <= self.filler_vocabulary <= FILLER_WORDS:
+            raise ValueError(f"filler_vocabulary must be from 1 to {FILLER_WORDS}, got {self.filler_vocabulary}")
+        if not 0 <= self.filler_exponent <= 10:
+            raise ValueError(f"filler_exponent must be from 0 to 10, got {self.filler_exponent}")
+
+    @property
+    def filler(self) -> Filler:
+        """The source of filler words of one part."""
+        return zipf_filler(self.filler_words, self.filler_vocabulary, self.filler_exponent)
+
+    @property
+    def filler_tokens(self) -> list[str]:
+        """The filler words that the tokenizer needs."""
+        return filler_vocabulary(self.filler_vocabulary) if self.filler_words else []
 
 
 def pretraining_text(rng: random.Random, mixture: Mixture) -> tuple[str, str]:
@@ -244,9 +354,9 @@ def pretraining_text(rng: random.Random, mixture: Mixture) -> tuple[str, str]:
     terms = draw_terms(rng, "train", variant)
     style = rng.random()
     if style < mixture.worked:
-        completion = worked_solution(terms, rng, mixture.slip, mixture.shortcut)
+        completion = worked_solution(terms, rng, mixture.slip, mixture.shortcut, mixture.filler)
     elif style < mixture.worked + mixture.direct:
-        completion = direct_answer(terms, rng, mixture.right)
+        completion = direct_answer(terms, rng, mixture.right, mixture.filler)
     else:
-        completion = ramble(rng)
+        completion = ramble(rng, mixture.filler)
     return VARIANTS[variant].wording(terms), completion

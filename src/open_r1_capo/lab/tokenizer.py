@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
@@ -40,11 +41,12 @@ def vocabulary() -> list[str]:
     return [*sorted(words), r"\boxed{", *map(str, range(10, 100))]
 
 
-def build_tokenizer(model_max_length: int) -> PreTrainedTokenizerBase:
+def build_tokenizer(model_max_length: int, filler: Sequence[str] = ()) -> PreTrainedTokenizerBase:
     """Build the tokenizer with its chat template and padding on the left.
 
     Args:
         model_max_length: Longest sequence of the policy, in tokens.
+        filler: Filler words, one token each, after all others.
 
     Returns:
         The tokenizer, ready to save beside the policy.
@@ -61,5 +63,5 @@ def build_tokenizer(model_max_length: int) -> PreTrainedTokenizerBase:
         clean_up_tokenization_spaces=False,
         model_max_length=model_max_length,
     )
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in vocabulary()])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in [*vocabulary(), *filler]])
     return tokenizer
