@@ -6,8 +6,9 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from open_r1_capo.run_folder import RunFolder
 from open_r1_capo.trainer import CAPOTrainer
@@ -20,14 +21,25 @@ class RunCallback(TrainerCallback):
         trainer: whose metrics are written.
         folder: the run's folder.
         accuracy: measures the policy on held-out problems, or None.
+        suite: measures TEST, a line of eval.jsonl but for the counters, or None.
+        every: steps between two measurements of TEST.
     """
 
-    def __init__(self, trainer: CAPOTrainer, folder: RunFolder, accuracy: Callable[[], dict[str, float]] | None):
-        self.trainer, self.folder, self.accuracy = trainer, folder, accuracy
+    def __init__(
+        self,
+        trainer: CAPOTrainer,
+        folder: RunFolder,
+        accuracy: Callable[[], dict[str, float]] | None,
+        suite: Callable[[], dict[str, Any]] | None = None,
+        every: int = 10,
+    ):
+        self.trainer, self.folder, self.accuracy, self.suite, self.every = trainer, folder, accuracy, suite, every
         self.first_step, self.start = 0, time.time()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Start the clock of the remaining time."""
+        """Measure the base policy, and start the clock of the remaining time."""
+        if state.global_step == 0:
+            self._test(state)
         self.first_step, self.start = state.global_step, time.time()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -35,6 +47,16 @@ class RunCallback(TrainerCallback):
         due = state.global_step % state.save_steps == 0 or state.global_step == state.max_steps
         if self.accuracy and due:
             self.trainer.record({"accuracy": self.accuracy()["accuracy"]})
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self._test(state)
+
+    def _test(self, state: TrainerState) -> None:
+        """Write a line of eval.jsonl; every process measures, as the policy may be in shards."""
+        if self.suite is None:
+            return
+        line = {"step": state.global_step, **self.trainer.counters, **self.suite()}
+        if state.is_world_process_zero:
+            self.folder.append_evaluation(line)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Write the step's line; other messages of the trainer are not metrics."""

@@ -32,7 +32,7 @@ from open_r1_capo.callbacks import RunCallback
 from open_r1_capo.checkpoint import CheckpointError, newest_complete
 from open_r1_capo.configs import ConfigError, RunConfig, build
 from open_r1_capo.data import SYSTEM_PROMPT, DataError, load_problems, to_prompts
-from open_r1_capo.lab.policy import LabError, base_policy, held_out_accuracy
+from open_r1_capo.lab.policy import LabError, base_policy, held_out_accuracy, suite_accuracy
 from open_r1_capo.lab.task import problems as lab_problems
 from open_r1_capo.recipes import compose_recipe, known_recipes
 from open_r1_capo.report import summarise, summary_lines, write_report
@@ -90,7 +90,7 @@ def train(settings: dict[str, Any]) -> None:
         return
 
     # --- the policy and its data -------------------------------------------------------------------------------------
-    model = str(base_policy()) if config.model_name_or_path == "lab" else config.model_name_or_path
+    model = str(base_policy(settings=config.lab)) if config.model_name_or_path == "lab" else config.model_name_or_path
     tokenizer = load_tokenizer(model)
     dataset = load_dataset(config, tokenizer, args.seed)
 
@@ -104,8 +104,8 @@ def train(settings: dict[str, Any]) -> None:
             resume, _ = newest_complete(folder.checkpoints)
         tell_wandb(config, args, folder)
         trainer = make_trainer(config, args, rewards, model, tokenizer, dataset)
-        accuracy = held_out(config, trainer, tokenizer) if config.evaluation.problems else None
-        trainer.add_callback(RunCallback(trainer, folder, accuracy))
+        accuracy, suite = held_out(config, trainer, tokenizer)
+        trainer.add_callback(RunCallback(trainer, folder, accuracy, suite, config.evaluation.every))
         before = accuracy() if accuracy else None
     for note in notes:
         say(f"{note}; going on from {resume or 'the beginning'}")
@@ -208,7 +208,7 @@ def load_dataset(config: RunConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     """
     data = config.data
     if data.name == "lab" and not data.path:
-        problems = Dataset.from_list(lab_problems("train", data.problems, seed=seed))
+        problems = Dataset.from_list(lab_problems("train", data.problems, seed=seed, variant=data.variant))
     else:
         columns = {"problem_column": data.problem_column, "answer_column": data.answer_column}
         problems = load_problems(data.name, data.path, config=data.config, split=data.split, **columns)
@@ -270,24 +270,24 @@ def make_trainer(
     return trainer
 
 
-def held_out(config: RunConfig, trainer: CAPOTrainer, tokenizer: PreTrainedTokenizerBase) -> Accuracy:
-    """Return a function that measures the trainer's policy on held-out lab problems."""
-    problems = lab_problems("test", config.evaluation.problems)
+def held_out(
+    config: RunConfig, trainer: CAPOTrainer, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Accuracy | None, Accuracy | None]:
+    """Build what measures the trainer's policy on held-out lab problems: accuracy and TEST, None where it is off."""
     (reward,) = get_reward_funcs(["accuracy"])
+    wanted = config.evaluation
+    problems = lab_problems("test", wanted.problems, variant=config.data.variant) if wanted.problems else []
 
-    def accuracy() -> dict[str, float]:
+    def measure(function: Callable, what: Any) -> dict[str, Any]:
         policy = trainer.accelerator.unwrap_model(trainer.model)
-        return held_out_accuracy(
-            policy,
-            tokenizer,
-            problems,
-            reward,
-            samples=config.evaluation.samples,
-            temperature=trainer.temperature,
-            max_new_tokens=trainer.max_completion_length,
-        )
+        length = {"temperature": trainer.temperature, "max_new_tokens": trainer.max_completion_length}
+        return function(policy, tokenizer, what, reward, samples=wanted.samples, **length)
 
-    return accuracy
+    def test() -> dict[str, Any]:
+        found = measure(suite_accuracy, wanted.suite)
+        return {**found, "over": len(found["tasks"])}
+
+    return (lambda: measure(held_out_accuracy, problems)) if problems else None, test if wanted.suite else None
 
 
 def explain(error: Exception) -> str | None:

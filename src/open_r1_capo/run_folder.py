@@ -2,6 +2,7 @@
 
     config.yaml     the resolved settings, with the commit and the versions
     metrics.jsonl   one object an optimizer step
+    eval.jsonl      TEST, one object an evaluated step
     summary.json    what the run ended with
     checkpoints/    ordinary Hugging Face folders, each with CAPO's state
     report.html     the curves
@@ -149,6 +150,11 @@ class RunFolder:
         path = self.path / "eval.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
         return sorted(rows, key=lambda row: row["step"])
+
+    def append_evaluation(self, row: dict[str, Any]) -> None:
+        """Add the TEST line of a step, in the place of an earlier one of that step or of later ones."""
+        rows = [old for old in self.read_evaluations() if old["step"] < row["step"]]
+        write_atomically(self.path / "eval.jsonl", "".join(json.dumps(one) + "\n" for one in [*rows, row]))
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one optimizer step's metrics, durable at once."""
