@@ -21,7 +21,7 @@ TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
-.PHONY: help install train eval test quality style figures report
+.PHONY: help install train eval test quality style figures report compare
 
 help: ## this list
 	@echo "open-r1-capo — make <verb> [NAME=value …]"
@@ -53,8 +53,11 @@ quality: $(STAMP) ## formatting, lint, documentation rules
 style: $(STAMP) ## reformat and repair what can be
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-report: $(STAMP) ## write the report of RUN=<run folder> again
+report: $(STAMP) ## write the report of RUN=<run folder>, ended or not
 	@$(BIN)/python -m open_r1_capo.report $(RUN)
+
+compare: $(STAMP) ## RUNS="<run folder> …" on one page, OUT=outputs/compare.html
+	@$(BIN)/python -m open_r1_capo.report.compare --out $(or $(OUT),outputs/compare.html) $(RUNS)
 
 figures: $(STAMP) ## draw RUNS="<run folder> …" against each other into OUT=outputs/figures
 	@$(BIN)/python eval/figures.py --out $(or $(OUT),outputs/figures) $(or $(RUNS),$(wildcard outputs/*/*/seed*))

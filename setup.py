@@ -18,7 +18,7 @@ INSTALL_REQUIRES = [
     "math-verify==0.9.0",  # a reward's verdicts change between releases: exact
     "latex2sympy2_extended[antlr4_9_3]==1.11.0",  # math-verify 0.9's parser; antlr 4.9.3 is hydra's own
     "wandb>=0.31,<1",  # offline mode without an account
-    "matplotlib>=3.10,<4",  # the curves of report.html and the figures
+    "matplotlib>=3.10,<4",  # the figures
     "requests>=2.32,<3",  # trl's vLLM server client imports it without declaring it
 ]
 
@@ -51,6 +51,7 @@ setup(
     license="Apache-2.0",
     package_dir={"": "src"},
     packages=find_packages("src"),
+    package_data={"open_r1_capo.report": ["page.html", "style.css", "*.js"]},
     ext_modules=[NATIVE],
     python_requires=">=3.10",
     install_requires=INSTALL_REQUIRES,

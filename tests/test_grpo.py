@@ -80,9 +80,7 @@ def test_a_run_writes_its_folder(finished):
     assert "trl: 1.16.0" in config
     page = (folder / "report.html").read_text()
     assert "<svg" in page
-    assert "http" not in re.sub(
-        r'xmlns\S*="[^"]*"|rdf:\S+="[^"]*"|<metadata>.*?</metadata>', "", page, flags=re.DOTALL
-    )
+    assert not re.search(r"https?://", page)
     assert "capo_aggressive on lab, seed 0: 6 steps, 192 completions" in out
     assert str(folder / "report.html") in out
     assert "step 6/6" in out

@@ -1,0 +1,111 @@
+"""From what is known about runs to one HTML file: nothing is loaded, and nothing but our script can run.
+
+Whatever comes from a run (settings, prompts, tokens) is escaped in the HTML, cannot close the JSON block that it is
+embedded in, and reaches the document only as text. A content security policy allows the page's own script, by its
+hash, and no request.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = ("format.js", "curves.js", "panel.js", "microscope.js", "page.js")
+LIMIT = 5_000_000  # bytes of a page
+METRICS_LIMIT = 2_000_000  # bytes of the metrics within it
+
+
+def render(title: str, sections: dict[str, str], data: dict[str, Any]) -> str:
+    """Put a page together.
+
+    Args:
+        title: plain text.
+        sections: name → heading and inner HTML of the page's parts, already escaped.
+        data: what the script draws: `runs`, `panels`, `records`, …
+
+    Returns:
+        The HTML, ASCII only except for our own assets.
+    """
+    script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    parts = {
+        "title": html.escape(title),
+        "policy": html.escape(f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"),
+        "style": (HERE / "style.css").read_text(encoding="utf-8"),
+        "data": embed(data),
+        "script": script,
+        **sections,
+    }
+    template = (HERE / "page.html").read_text(encoding="utf-8")
+    # one pass: a value that looks like a placeholder stays what it is
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts.get(match.group(1), ""), template)
+
+
+def embed(data: Any) -> str:
+    """JSON for a script element: no `<`, `>` or `&`, so that no text can end the element; ASCII only."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def fit_metrics(
+    table: dict[str, list], drawn: set[str], steps: set[int], limit: int = METRICS_LIMIT
+) -> tuple[dict[str, list], str]:
+    """Make the metrics of a long run fit: first without those that no panel draws, then with fewer steps.
+
+    Args:
+        table: metric columns.
+        drawn: the columns that panels draw, and the axes.
+        steps: that must stay.
+        limit: bytes.
+
+    Returns:
+        The columns, and a sentence about what is missing (empty: nothing).
+    """
+    if len(embed(table)) <= limit:
+        return table, ""
+    table = {key: column for key, column in table.items() if key in drawn}
+    size, count = len(embed(table)), len(table["step"])
+    if size <= limit:
+        return table, "Only the metrics of the panels are on this page: the run is long."
+    every = -(-size // limit)
+    kept = [i for i in range(count) if i % every == 0 or i == count - 1 or table["step"][i] in steps]
+    thinned = {key: [column[i] for i in kept] for key, column in table.items()}
+    return thinned, f"The run is long: one of {every} steps is drawn ({len(kept):,} of {count:,})."
+
+
+def table_html(rows: list[list[str]], head: list[str], caption: str = "") -> str:
+    """A table; its cells are HTML already.
+
+    Args:
+        rows: of cells; the first one of a row is its header.
+        head: column headers, plain text.
+        caption: plain text.
+
+    Returns:
+        The HTML.
+    """
+    header = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
+    lines = (
+        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>' for first, *rest in rows
+    )
+    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    body = f"<thead><tr>{header}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'<div class="scroll"><table>{title}{body}</table></div>'
+
+
+def notes_html(notes: list[str]) -> str:
+    """Sentences about what is missing or odd, one paragraph each."""
+    return "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes if note)
+
+
+def text(value: Any) -> str:
+    """A value for a table cell, escaped."""
+    if isinstance(value, float):
+        value = f"{value:.4g}"
+    return html.escape("–" if value is None else str(value))

@@ -1,0 +1,267 @@
+"""The curves of a page as plain data: which metrics share a panel, and the columns that they are drawn from.
+
+The page's script only draws. A run is two tables of columns, `metrics` (a row an optimizer step) and `tests` (a row an
+evaluated step); a line names a column of one of them, and a panel is a list of lines.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from open_r1_capo.report.summary import WINDOW
+
+AXES = {
+    "completions": "training completions",
+    "step": "optimizer steps",
+    "accepted_tokens": "training accepted tokens",
+}
+TIMES = ("train", "generate", "total", "reward", "measure", "curvature")  # in the colours of the palette
+MEAN = "reward, running mean"
+TAKEN = "learning rate taken"
+DIGITS = 5  # significant, of a number on the page
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a panel.
+
+    Attributes:
+        key: its column.
+        label: in the legend.
+        colour: index into the page's palette.
+        style: `thin`, `thick`, `dots` (few points, each marked), or empty.
+        table: `metrics` or `tests`.
+        error: column of its standard error, or empty.
+        run: index of its run on the page.
+    """
+
+    key: str
+    label: str
+    colour: int = 0
+    style: str = ""
+    table: str = "metrics"
+    error: str = ""
+    run: int = 0
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One diagram.
+
+    Attributes:
+        title: above it.
+        lines: what it draws, the first ones below the later ones.
+        log: logarithmic, of absolute values.
+        low: where a linear scale begins, at most.
+        percent: fractions are shown as percentages.
+    """
+
+    title: str
+    lines: tuple[Line, ...]
+    log: bool = False
+    low: float | None = None
+    percent: bool = False
+
+
+def _shifts(name: str, title: str) -> Panel:
+    """Largest, 99th percentile and whole step of one shift."""
+    lines = (
+        Line(f"capo/{name}/max", "largest token", 1),
+        Line(f"capo/{name}/p99", "99th percentile", 0),
+        Line(f"capo/batch_{name}", "whole step", 2),
+    )
+    return Panel(title, lines, log=True)
+
+
+PANELS = (
+    Panel(
+        "Reward and held-out accuracy",
+        (
+            Line("reward", "reward of a step", 2, "thin"),
+            Line(MEAN, f"mean of {WINDOW} steps", 0, "thick"),
+            Line("accuracy", "held-out accuracy", 1, "dots"),
+        ),
+        low=0,
+    ),
+    Panel(
+        "Tokens rejected, % of all",
+        (
+            Line("capo/rejected_frac_objective", "by the objective bound", 2),
+            Line("capo/rejected_frac_policy", "by the policy bound", 1),
+            Line("capo/rejected_frac", "rejected", 0),
+            Line("capo/scaled_frac", "scaled down", 3),
+        ),
+        low=0,
+        percent=True,
+    ),
+    _shifts("policy_shift", "Policy shift m_F (nats)"),
+    _shifts("objective_shift", "Objective shift |m_H|"),
+    Panel(
+        "KL of the update (nats)",
+        (
+            Line("capo/batch_policy_shift", "predicted at the scheduled rate", 2),
+            Line("capo/measured_kl_head", "of the last layer alone", 1),
+            Line("capo/measured_kl", "measured", 0),
+        ),
+        log=True,
+    ),
+    Panel(
+        "Change of the surrogate objective, absolute",
+        (
+            Line("capo/batch_objective_shift", "predicted at the scheduled rate", 2),
+            Line("capo/measured_objective", "measured", 0),
+        ),
+        log=True,
+    ),
+    Panel("Rank correlation of m_F with the true KL", (Line("capo/kl_spearman", "Spearman, over tokens", 0),), low=0),
+    Panel("Gradient norm before clipping", (Line("grad_norm", "gradient norm", 0),), log=True),
+    Panel("Entropy (nats a token)", (Line("entropy", "entropy", 0),), low=0),
+    Panel(
+        "Learning rate",
+        (Line("learning_rate", "scheduled", 2), Line(TAKEN, "taken", 0)),
+        low=0,
+    ),
+    Panel(
+        "Length of completions (tokens)",
+        (Line("completions/max_length", "longest", 2, "thin"), Line("completions/mean_length", "mean", 0)),
+        low=0,
+    ),
+    Panel(
+        "Seconds a step",
+        tuple(Line(f"time/{name}", name, colour) for colour, name in enumerate(TIMES)),
+        low=0,
+    ),
+)
+
+
+def run_panels(table: dict[str, list], tests: dict[str, list], over: int = 0) -> list[dict[str, Any]]:
+    """The panels that a single run has something for.
+
+    Args:
+        table: its metric columns.
+        tests: its evaluation columns.
+        over: how many test sets TEST is the mean of.
+
+    Returns:
+        Panels as plain data, TEST after the reward.
+    """
+    panels = list(PANELS)
+    title = f"TEST, mean of {over} test sets"
+    panels.insert(1, Panel(title, (Line("test", "TEST", 1, "dots", "tests", "test_stderr"),)))
+    names = [key for key in tests if key.startswith("task ")]
+    lines = tuple(Line(key, key.removeprefix("task "), i % 8, "dots", "tests") for i, key in enumerate(names))
+    panels.insert(2, Panel("TEST by test set", lines, low=0))
+    return [asdict(panel) for panel in _present(panels, [{"metrics": table, "tests": tests}])]
+
+
+def compare_panels(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The panels of several runs: one metric each, a line a run.
+
+    Args:
+        runs: objects with `label` and the tables `metrics` and `tests`.
+
+    Returns:
+        Panels as plain data; those that no run has anything for are left out.
+    """
+
+    def panel(title: str, line: Line, **options: Any) -> Panel:
+        lines = (
+            Line(line.key, run["label"], i % 8, line.style, line.table, line.error, i) for i, run in enumerate(runs)
+        )
+        return Panel(title, tuple(lines), **options)
+
+    panels = [
+        panel(f"Reward, mean of {WINDOW} steps", Line(MEAN, ""), low=0),
+        panel("Held-out accuracy", Line("accuracy", "", style="dots"), low=0),
+        panel("TEST", Line("test", "", style="dots", table="tests", error="test_stderr")),
+        panel("Tokens rejected, % of all", Line("capo/rejected_frac", ""), low=0, percent=True),
+        panel("Tokens scaled down, % of all", Line("capo/scaled_frac", ""), low=0, percent=True),
+        panel("Largest token's policy shift m_F (nats)", Line("capo/policy_shift/max", ""), log=True),
+        panel("Policy shift of the step (nats)", Line("capo/batch_policy_shift", ""), log=True),
+        panel("Objective shift of the step, absolute", Line("capo/batch_objective_shift", ""), log=True),
+        panel("Measured KL of the update (nats)", Line("capo/measured_kl", ""), log=True),
+        panel("Gradient norm before clipping", Line("grad_norm", ""), log=True),
+        panel("Entropy (nats a token)", Line("entropy", ""), low=0),
+        panel("Learning rate taken", Line(TAKEN, ""), low=0),
+        panel("Mean length of completions (tokens)", Line("completions/mean_length", ""), low=0),
+        panel("Seconds a step", Line("time/total", ""), low=0),
+    ]
+    return [asdict(panel) for panel in _present(panels, runs)]
+
+
+def _present(panels: list[Panel], runs: list[dict[str, Any]]) -> list[Panel]:
+    """Without the lines that have no points (tokens never scaled count as none), and panels without lines."""
+
+    def drawn(line: Line) -> bool:
+        column = runs[line.run][line.table].get(line.key, ())
+        return any(v is not None and (v or line.key != "capo/scaled_frac") for v in column)
+
+    kept = []
+    for panel in panels:
+        lines = tuple(line for line in panel.lines if drawn(line))
+        if lines:
+            kept.append(Panel(panel.title, lines, panel.log, panel.low, panel.percent))
+    return kept
+
+
+def metric_columns(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """Turn metric lines into columns, with the running mean of the reward and the rate that was taken.
+
+    Args:
+        rows: of metrics.jsonl.
+
+    Returns:
+        Column name → a number or None a row; what is not a number is left out.
+    """
+    rows = [row for row in rows if number(row.get("step")) is not None]
+    keys = {key: None for row in rows for key, value in row.items() if number(value) is not None}
+    columns = {key: [number(row.get(key)) for row in rows] for key in keys}
+    if "reward" in columns:
+        columns[MEAN] = _running_mean(columns["reward"])
+    if "learning_rate" in columns:
+        scales = columns.get("capo/step_scale", [1.0] * len(rows))
+        columns[TAKEN] = [
+            None if rate is None or scale is None else number(rate * scale)
+            for rate, scale in zip(columns["learning_rate"], scales, strict=True)
+        ]
+    return columns
+
+
+def test_columns(tests: list[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """Turn the lines of eval.jsonl into columns; a test set is `task <name>`.
+
+    Args:
+        tests: of eval.jsonl.
+
+    Returns:
+        Column name → a number or None a line.
+    """
+    names = {name: None for test in tests for name in test.get("tasks") or {}}
+    columns = {
+        key: [number(test.get(key)) for test in tests]
+        for key in ("step", "completions", "accepted_tokens", "test", "test_stderr")
+    }
+    for name in names:
+        tasks = [(test.get("tasks") or {}).get(name) for test in tests]
+        columns[f"task {name}"] = [number(task.get("accuracy")) if isinstance(task, dict) else None for task in tasks]
+    return {key: column for key, column in columns.items() if any(v is not None for v in column)}
+
+
+def number(value: Any) -> float | int | None:
+    """A finite number in few digits, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(f"{value:.{DIGITS}g}")
+
+
+def _running_mean(values: list[float | None]) -> list[float | None]:
+    """The mean of each value and the WINDOW - 1 known ones before it."""
+    known: list[float] = []
+    means = []
+    for value in values:
+        known += [] if value is None else [value]
+        means.append(None if value is None else number(statistics.fmean(known[-WINDOW:])))
+    return means

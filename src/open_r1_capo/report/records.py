@@ -1,0 +1,130 @@
+"""Token records of a run, made to fit on a page: <run>/tokens/*.json.gz, which the trainer writes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+from open_r1_capo.report.panels import number
+
+LABELS = {
+    "first": "first step",
+    "most_rejected": "most tokens rejected",
+    "largest_kl": "largest measured KL",
+}
+REQUIRED = ("policy_shift", "objective_shift", "weight", "reason")
+# per-token columns; those that are not required may be missing or null
+COLUMNS = (*REQUIRED, "prob", "prob_after", "entropy", "gradient_norm", "kl", "kl_head")
+MOST = 8  # records on a page
+WHOLE = ("step", "lr", "taken_lr", "measured_kl")
+
+
+def read_records(folder: Path, interesting: list[int]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read the records that are worth a place on the page.
+
+    Args:
+        folder: of the run.
+        interesting: steps, the most interesting first; where a record was kept of every step, these are shown.
+
+    Returns:
+        Records in the order of their steps, each with `label`; and a sentence for each that cannot be read.
+    """
+    paths = sorted((folder / "tokens").glob("*.json.gz"))
+    named = [path for path in paths if _name(path) in LABELS]
+    others = {path: _step(path) for path in paths if path not in named}
+    ranks = {step: rank for rank, step in enumerate(interesting)}
+    ordered = sorted(others, key=lambda path: (ranks.get(others[path], len(ranks)), others[path]))
+    records: dict[int, dict[str, Any]] = {}
+    notes = []
+    for path in [*named, *ordered]:
+        if len(records) == MOST:
+            break
+        try:
+            record = _read(path)
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            notes.append(f"tokens/{path.name} cannot be read ({error}).")
+            continue
+        label = LABELS.get(_name(path), "")
+        known = records.setdefault(record["step"], record | {"labels": []})
+        known["labels"] += [label] if label else []
+    if len(paths) > MOST:
+        notes.append(f"{len(paths)} records were kept; at most {MOST} of them are on this page.")
+    return [records[step] for step in sorted(records)], notes
+
+
+def fit(records: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
+    """Keep what fits: of each record the completions with most rejected tokens, then with the largest shift.
+
+    Args:
+        records: from `read_records`.
+        budget: bytes for all of them as JSON.
+
+    Returns:
+        The records, their completions in that order, with `of`, the number that there were.
+    """
+    fitted = []
+    for left, record in zip(range(len(records), 0, -1), records, strict=True):
+        share = budget // left  # what an earlier record leaves is shared by the later ones
+        whole = {key: record[key] for key in (*WHOLE, "labels")}
+        kept, size = [], len(json.dumps(whole)) + 100
+        for position, completion in sorted(enumerate(record["completions"]), key=lambda item: _rank(item[1])):
+            clean = _clean(completion) | {"position": position}
+            size += len(json.dumps(clean)) + 2
+            if size > share:
+                size -= len(json.dumps(clean)) + 2
+                break
+            kept.append(clean)
+        fitted.append(whole | {"completions": kept, "of": len(record["completions"])})
+        budget -= size
+    return fitted
+
+
+def _rank(completion: dict[str, Any]) -> tuple[int, float]:
+    rejected = sum(1 for weight in completion["weight"] if weight == 0)
+    shifts = [v for v in completion["policy_shift"] if number(v) is not None]
+    return -rejected, -max(shifts, default=0.0)
+
+
+def _clean(completion: dict[str, Any]) -> dict[str, Any]:
+    """Only what the page shows; a number that is not finite becomes null."""
+    columns = {key: [number(v) for v in completion[key]] for key in COLUMNS if completion.get(key) is not None}
+    scalars = {key: number(completion.get(key)) for key in ("reward", "advantage")}
+    return {"prompt": str(completion.get("prompt", "")), "tokens": completion["tokens"], **scalars, **columns}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A record whose columns fit its tokens; ValueError says what is wrong with another."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        record = json.load(file)
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError("it has no step")
+    completions = record.get("completions")
+    if not isinstance(completions, list):
+        raise ValueError("it has no completions")
+    for completion in completions:
+        tokens = completion.get("tokens") if isinstance(completion, dict) else None
+        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+            raise ValueError("a completion has no tokens")
+        for key in COLUMNS:
+            column = completion.get(key)
+            if (column is None and key in REQUIRED) or (column is not None and not _fits(column, len(tokens))):
+                raise ValueError(f"{key} does not have a value for every token")
+    return {key: number(record.get(key)) for key in WHOLE} | {"completions": completions}
+
+
+def _fits(column: Any, length: int) -> bool:
+    return isinstance(column, list) and len(column) == length
+
+
+def _name(path: Path) -> str:
+    return path.name.removesuffix(".json.gz")
+
+
+def _step(path: Path) -> float:
+    """The step that a file is named after; others come last."""
+    digits = _name(path).removeprefix("step")
+    return int(digits) if digits.isdecimal() else math.inf
