@@ -1,172 +1,377 @@
-"""Draw runs against each other, as the paper's Figures 2, 3 and 5 do, and table their summaries.
+"""Draw the paper's figures and tables, and ours, from the metrics of an experiment's runs alone.
 
-    python eval/figures.py --out outputs/figures outputs/*/lab/seed*
-
-Runs of the same recipe and scale are seeds of one line: its mean, with the standard error shaded.
+python eval/figures.py --name fig2 --scale lab            # one
+python eval/figures.py                                    # all whose runs there are
+python eval/figures.py outputs/*/lab/seed*                # any runs against each other
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import statistics
 import sys
-from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
-WINDOW = 10  # steps of the moving mean (the paper smooths with a moving average too)
-PANELS = (
-    ("reward", "training reward", False),
-    ("accuracy", "held-out accuracy", False),
-    ("capo/rejected_frac", "tokens rejected (Fig. 5)", False),
-    ("capo/policy_shift/max", "largest token policy shift m_F (Fig. 3)", True),
-    ("capo/batch_policy_shift", "policy shift of the step m_F (Fig. 3)", True),
-    ("capo/measured_kl", "measured KL of the step (Fig. 9)", True),
-)
+import curves
+import published
+import stats
+import tables
+from curves import TEST, Data, FigureError, Line
+from drawing import RC, Panel, Result, draw, finish, heading, look, save
+from open_r1_capo import experiments
+from open_r1_capo.experiments import Experiment, ExperimentError
+from overview import against_each_other
+
+ACCURACY = Panel("reward", "in-training accuracy", published=published.MATH)
+ON_TEST = Panel(TEST, "TEST accuracy (mean of eight)", published=published.TEST)
+POINTS = 300  # of a scatter, an arm
 
 
-def read_run(folder: Path) -> tuple[str, list[dict], dict]:
-    """Read a run folder.
+def fig1(data: Data, smooth: float) -> Result:
+    """Figure 1: in-training accuracy of the methods."""
+    return draw(data, [ACCURACY], 1, smooth)
+
+
+def fig2(data: Data, smooth: float) -> Result:
+    """Figure 2: in-training accuracy and TEST."""
+    return draw(data, with_test(data, [ACCURACY, ON_TEST]), 2, smooth)
+
+
+def fig3(data: Data, smooth: float) -> Result:
+    """Figure 3: the shifts of tokens and of the batch."""
+    columns = {"mean": "token, mean", "p99": "token, 99th percentile", "batch": "batch"}
+    panels = []
+    for kind, symbol, scale in (
+        ("policy", "policy shift $m_F$", "log"),
+        ("objective", "objective shift $m_H$", "symlog"),
+    ):
+        keys = [f"capo/batch_{kind}_shift" if c == "batch" else f"capo/{kind}_shift/{c}" for c in columns]
+        panels += [Panel(k, f"{symbol}: {t}", scale=scale) for k, t in zip(keys, columns.values(), strict=True)]
+    return draw(data, panels, 3, smooth)
+
+
+def fig4(data: Data, smooth: float) -> Result:
+    """Figure 4: Dr.GRPO and REINFORCE with and without the selection."""
+    families = {"Dr.": "dr", "REINFORCE": "rein"}
+    panels = [
+        Panel(panel.key, f"{name}: {panel.title}", shows=lambda line, start=start: line.arm.recipe.startswith(start))
+        for panel in with_test(data, [ACCURACY, ON_TEST])
+        for name, start in families.items()
+    ]
+    return draw(data, panels, 2, smooth)
+
+
+def fig5(data: Data, smooth: float) -> Result:
+    """Figure 5: the share of tokens rejected."""
+    panel = Panel("capo/rejected_frac", "tokens rejected", scale="percent", published=published.REJECTED)
+    return draw(data, [panel], 1, smooth)
+
+
+def fig6(data: Data, smooth: float) -> Result:
+    """Figure 6: the optimizer modelled as SGD or as Adam, a panel for each method."""
+    names = {line.arm.recipe: line.arm.label.split(" (")[0].split(",")[0] for line in reversed(data.lines)}
+    recipes = list(dict.fromkeys(line.arm.recipe for line in data.lines))
+    panels = [Panel("reward", names[r], shows=lambda line, r=r: line.arm.recipe == r) for r in recipes]
+    return draw(data, panels, min(3, len(panels)), smooth)
+
+
+def fig7(data: Data, smooth: float) -> Result:
+    """Figure 7: PPO clipping, a panel for each number of iterations; an arm that sets none is in all."""
+    numbers = sorted({setting(line, "num_iterations") for line in data.lines} - {None})
+    panels = [
+        Panel("reward", f"in-training accuracy, {n:g} iterations a batch", shows=lambda line, n=n: belongs(line, n))
+        for n in numbers
+    ]
+    return draw(data, panels or [ACCURACY], len(panels) or 1, smooth)
+
+
+def fig8(data: Data, smooth: float) -> Result:
+    """Figure 8: the KL regulariser, and the gradient norm before clipping."""
+    panels = [ACCURACY, Panel("grad_norm", "gradient norm before clipping", scale="log", smooth=False)]
+    return draw(data, panels, 2, smooth)
+
+
+def fig9(data: Data, smooth: float) -> Result:
+    """Figure 9: the measured KL of each step."""
+    panel = Panel("capo/measured_kl", "measured KL of a step (nats)", scale="log", smooth=False)
+    return draw(data, [panel], 1, smooth)
+
+
+def fig10(data: Data, smooth: float) -> Result:
+    """Figure 10: accuracy against the tokens that were learnt from."""
+    panels = [Panel(p.key, p.title, x="accepted_tokens") for p in with_test(data, [ACCURACY, ON_TEST])]
+    return draw(data, panels, len(panels), smooth)
+
+
+def stability(data: Data, smooth: float) -> Result:
+    """Ours: last in-training accuracy against the learning rate; a ring marks the largest rate that all seeds survive.
 
     Args:
-        folder: outputs/<recipe>/<scale>/seed<seed>.
+        data: arms that share a label and override learning_rate.
+        smooth: not used.
 
     Returns:
-        The run's name (recipe and scale), its metric lines, and its summary ({} while it runs).
+        The figure, and its table.
 
     Raises:
-        ValueError: the folder holds no metrics.
+        FigureError: an arm without a learning rate.
     """
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"{folder} is not a run folder (no metrics.jsonl)")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    summary = folder / "summary.json"
-    name = f"{folder.parent.parent.name} ({folder.parent.name})"
-    return name, rows, json.loads(summary.read_text()) if summary.is_file() else {}
+    base = stats.base_accuracy([run.rewards for line in data.lines for run in line.runs])
+    methods: dict[str, dict[float, Line]] = {}
+    for line in data.lines:
+        rate = setting(line, "learning_rate")
+        if rate is None:
+            raise FigureError(f"the arm {line.arm.label!r} sets no learning_rate, which is the horizontal axis")
+        methods.setdefault(line.arm.label, {})[rate] = line
+    numbers, rows = {}, []
+    with plt.rc_context(RC):
+        figure, axis = plt.subplots(figsize=(5.6, 3.9))
+        styles = look([next(iter(rates.values())) for rates in methods.values()])
+        for (label, rates), style in zip(methods.items(), styles, strict=True):
+            found = {rate: tables.outcome(rates[rate], base) for rate in sorted(rates)}
+            kept, usable = (
+                [rate for rate, one in found.items() if one[verdict] == len(data.experiment.seeds)]
+                for verdict in ("survived", "usable")
+            )
+            largest = {"largest_survived": max(kept, default=None), "largest_usable": max(usable, default=None)}
+            numbers[label] = {"rates": found} | largest
+            means = [np.mean(one["last"]) for one in found.values()]
+            errors = [
+                np.std(one["last"], ddof=1) / math.sqrt(one["n"]) if one["n"] > 1 else 0 for one in found.values()
+            ]
+            axis.errorbar(list(found), means, errors, label=label, marker="o", ms=3.5, capsize=2, **style)
+            if kept:
+                ring = {"ms": 11, "mfc": "none", "mec": style["color"], "mew": 1.4}
+                axis.plot(max(kept), means[list(found).index(max(kept))], "o", ls="none", **ring)
+            cells = [f"{rate:g}: {tables.spread(one['last'], '.2f')}" for rate, one in found.items()]
+            rows.append([label, *(f"{v:g}" if v else "none" for v in largest.values()), "; ".join(cells)])
+        axis.axhline(base, color="#666666", lw=1, ls=":", label="base policy")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:.2g}")
+        axis.set(xlabel="learning rate (peak)", ylim=(0, None))
+        axis.set_title("last in-training accuracy")
+        finish(figure, data, f"{note_of(data)}; bars: ± standard error; ring: largest rate that every seed survives")
+    header = ["method", "largest rate survived", "largest rate usable", "last accuracy by rate"]
+    notes = f"Mean ± standard error over seeds. {tables.RULES} {data.seeds}."
+    table = tables.markdown(data.experiment.title, header, rows, notes)
+    return Result(heading(data) | {"base": base, "methods": numbers}, figure, table)
 
 
-def smooth(values: list[float]) -> list[float]:
-    """Take the mean of each value and the WINDOW - 1 before it."""
-    return [statistics.fmean(values[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(values))]
+def calibration(data: Data, smooth: float) -> Result:
+    """Ours: what the model predicts against what is measured, a point a step, with the diagonal."""
+    numbers, table = tables.calibration(data)
+    with plt.rc_context(RC):
+        figure, axes = plt.subplots(1, len(tables.PAIRS), figsize=(10.2, 3.9))
+        for axis, (title, (predicted, measured, exponent)) in zip(axes, tables.PAIRS.items(), strict=True):
+            for line, style in zip(data.lines, look(data.lines), strict=True):
+                both = np.concatenate([tables.pairs(run, predicted, measured, exponent) for run in line.runs])
+                both = both[(both > 0).all(1)]
+                x, y = both[:: math.ceil(len(both) / POINTS) or 1].T
+                dots = {"ms": 2.6, "alpha": 0.5, "mew": 0, "rasterized": True}
+                axis.plot(x, y, "o", color=style["color"], label=line.arm.label, **dots)
+            axis.set(xscale="log", yscale="log", xlabel="predicted", title=title.replace("→", "against the"))
+            low, high = axis.dataLim.intervalx
+            if low < high < math.inf:
+                axis.plot([low, high], [low, high], color="#666666", lw=1, ls="--", label="predicted = measured")
+        axes[0].set_ylabel("measured")
+        finish(
+            figure, data, f"{note_of(data)}; one point a step that was taken (at most {POINTS} an arm), both positive"
+        )
+    return Result(heading(data) | {"arms": numbers}, figure, table)
 
 
-def series(rows: list[dict], key: str) -> dict[int, float]:
-    """Take a metric against the training completions; sparse ones (held-out accuracy) are not smoothed."""
-    points = [(row["completions"], row[key]) for row in rows if row.get(key) is not None]
-    values = [value for _, value in points]
-    values = smooth(values) if len(points) == len(rows) else values
-    return dict(zip((x for x, _ in points), values, strict=True))
+def setting(line: Line, key: str) -> float | None:
+    """The number that an arm's overrides give a setting, or None."""
+    try:
+        return line.arm.value(key)
+    except KeyError:
+        return None
 
 
-def draw(runs: dict[str, list[list[dict]]], out: Path) -> Path:
-    """Draw every panel.
-
-    Args:
-        runs: name → the metric lines of each seed.
-        out: folder of the figure.
-
-    Returns:
-        The written PNG.
-    """
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
-    colours = plt.get_cmap("tab10")
-    for axis, (key, title, log) in zip(axes.flat, PANELS, strict=True):
-        for number, (name, seeds) in enumerate(runs.items()):
-            lines = [line for line in (series(rows, key) for rows in seeds) if line]
-            xs = sorted(set.intersection(*(set(line) for line in lines))) if lines else []
-            mean = [statistics.fmean(line[x] for line in lines) for x in xs]
-            axis.plot(xs, mean, color=colours(number), lw=1.6, label=name)
-            if len(lines) > 1:
-                error = [statistics.stdev(line[x] for line in lines) / math.sqrt(len(lines)) for x in xs]
-                low, high = ([m + s * e for m, e in zip(mean, error, strict=True)] for s in (-1, 1))
-                axis.fill_between(xs, low, high, color=colours(number), alpha=0.2, lw=0)
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlabel("training completions", fontsize=8)
-        axis.grid(alpha=0.25)
-        if log and any(y > 0 for line in axis.get_lines() for y in line.get_ydata()):
-            axis.set_yscale("log", nonpositive="mask")
-    axes.flat[1].legend(fontsize=8, frameon=False)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "runs.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+def belongs(line: Line, iterations: float) -> bool:
+    """Whether an arm has this num_iterations, or sets none."""
+    return setting(line, "num_iterations") in (None, iterations)
 
 
-def table(summaries: dict[str, list[dict]]) -> str:
-    """Write the runs' summaries as a Markdown table.
+def note_of(data: Data) -> str:
+    """The sentence below a figure that is no panel of lines: scale and seeds."""
+    return f"{data.experiment.scale}; {data.seeds}"
 
-    Args:
-        summaries: name → the summary of each seed that has ended.
 
-    Returns:
-        The table; means over seeds.
-    """
-    lines = [
-        "| run | seeds | accuracy before | best | last | rejected mean | rejected max | largest measured KL |",
-        "|---|---|---|---|---|---|---|---|",
+def with_test(data: Data, panels: list[Panel]) -> list[Panel]:
+    """Take TEST's panel only if it was measured, with a warning about the runs where it was not."""
+    without = [run.folder for line in data.lines for run in line.runs if not run.tests]
+    if without:
+        data.warnings.append(
+            f"{len(without)} runs have no TEST (the first: {without[0]}); make eval RUN=… measures it"
+        )
+    return [
+        panel for panel in panels if panel.key != TEST or any(run.tests for line in data.lines for run in line.runs)
     ]
-    for name, seeds in summaries.items():
-        if not seeds:
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A figure or table.
+
+    Attributes:
+        make: draws it from its data and the weight of the moving average.
+        keys: the metrics it reads, beside those of every figure.
+        recipes: which arms of FALLBACK it shows, where it has no experiment of its own; empty for all.
+        shared: whether FALLBACK's runs will do.
+    """
+
+    make: Callable[..., Result]
+    keys: tuple[str, ...] = ()
+    recipes: tuple[str, ...] = ()
+    shared: bool = True
+
+
+FALLBACK = "fig2"  # the experiment whose runs most figures show
+SECOND_FAMILIES = ("drgrpo_aggressive", "drcapo_aggressive", "reinforce_aggressive", "reincapo_aggressive")
+PAIR = ("grpo_aggressive", "capo_aggressive")
+SHIFTS = tuple(
+    key
+    for kind in ("policy", "objective")
+    for key in (f"capo/{kind}_shift/mean", f"capo/{kind}_shift/p99", f"capo/batch_{kind}_shift")
+)
+TABLE5 = ("capo/kl_spearman", "capo/policy_shift/mean", "capo/batch_policy_shift", "capo/measured_kl")
+FIGURES = {
+    "fig1": Entry(fig1),
+    "fig2": Entry(fig2, (TEST,)),
+    "fig3": Entry(fig3, SHIFTS),
+    "fig4": Entry(fig4, (TEST,), SECOND_FAMILIES),
+    "fig5": Entry(fig5, ("capo/rejected_frac",), ("capo_aggressive", "drcapo_aggressive", "reincapo_aggressive")),
+    "fig6": Entry(fig6, shared=False),
+    "fig7": Entry(fig7, shared=False),
+    "fig8": Entry(fig8, ("grad_norm",), shared=False),
+    "fig9": Entry(fig9, ("capo/measured_kl",), PAIR),
+    "fig10": Entry(fig10, (TEST,)),
+    "table1": Entry(tables.table1, tuple(tables.SECONDS)),
+    "table5": Entry(tables.table5, (*TABLE5, *tables.SCALE_KEYS), PAIR),
+    "stability": Entry(stability, shared=False),
+    "stability_grid": Entry(stability, shared=False),
+    "calibration": Entry(calibration, (*tables.CALIBRATION_KEYS, *tables.SCALE_KEYS)),
+    "efficiency": Entry(tables.efficiency, (TEST,)),
+    "transfer": Entry(tables.transfer, (TEST,), shared=False),
+}
+
+
+def experiment_of(name: str, scale: str, seeds: int | None) -> tuple[Experiment, tuple[str, ...]]:
+    """Find the runs of a figure: those of the experiment of its name, or FALLBACK's.
+
+    Args:
+        name: of FIGURES.
+        scale: a scale's name.
+        seeds: only the first so many; None takes all.
+
+    Returns:
+        The experiment, and the recipes to take of it (none: all).
+
+    Raises:
+        ExperimentError: there is no such experiment, or not with so many seeds.
+    """
+    own = name in experiments.known_experiments()
+    source = name if own or not FIGURES[name].shared else FALLBACK
+    return experiments.load(source, scale, seeds), () if own else FIGURES[name].recipes
+
+
+def make(name: str, options: argparse.Namespace) -> list[Path]:
+    """Make one figure or table.
+
+    Args:
+        name: of FIGURES.
+        options: the command line.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FigureError: its runs are missing, broken or of different settings.
+        ExperimentError: there is no such experiment.
+    """
+    entry = FIGURES[name]
+    if name == "transfer":
+        found = curves.scales_with_runs(name, options.seeds)
+        if not found:
+            raise FigureError("it has no runs at any scale; make experiment NAME=transfer SCALE=… makes them")
+        data = [curves.load(name, experiment, entry.keys) for experiment in found]
+    else:
+        experiment, recipes = experiment_of(name, options.scale, options.seeds)
+        data = curves.load(name, experiment, entry.keys, recipes)
+    result = entry.make(data, options.smooth)
+    for one in data if isinstance(data, list) else [data]:
+        curves.warn(name, one.warnings)
+    return save(result, name, options.out)
+
+
+def drawable(options: argparse.Namespace) -> list[str]:
+    """List the figures that have any run at the scale, and say which have none."""
+    known, names, empty = experiments.known_experiments(), [], []
+    for name, entry in FIGURES.items():
+        if name not in known and not (entry.shared and FALLBACK in known):
             continue
+        experiment, recipes = experiment_of(name, options.scale, None)
+        there = curves.scales_with_runs(name, None) if name == "transfer" else curves.has_runs(experiment, recipes)
+        (names if there else empty).append(name)
+    if empty:
+        command = f"make experiment NAME={empty[0]} SCALE={options.scale}"
+        print(f"without runs at the scale {options.scale}: {', '.join(empty)} ({command} …)", file=sys.stderr)
+    return names
 
-        def mean(*path: str, seeds: list[dict] = seeds, form: str = "{:.3f}") -> str:
-            values = []
-            for seed in seeds:
-                value = seed
-                for key in path:
-                    value = value.get(key) if isinstance(value, dict) else None
-                values.append(value)
-            known = [value for value in values if value is not None]
-            return form.format(statistics.fmean(known)) if known else "–"
 
-        cells = [
-            mean("accuracy_before", "accuracy"), mean("accuracy_best"), mean("accuracy_after", "accuracy"),
-            mean("rejected_frac", "mean", form="{:.2%}"), mean("rejected_frac", "max", form="{:.2%}"),
-            mean("measured_kl", "max", form="{:.1e}"),
-        ]  # fmt: skip
-        lines.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def smoothing(text: str) -> float:
+    """Read --smooth: a weight in [0, 1), or off."""
+    value = 0.0 if text == "off" else float(text)
+    if not 0 <= value < 1:
+        raise ValueError
+    return value
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line; argparse exits with 2 and a sentence where it is wrong."""
+    parser = argparse.ArgumentParser(prog="figures", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--name", choices=FIGURES, metavar="NAME", help=f"one of {', '.join(FIGURES)}")
+    parser.add_argument("--scale", default="lab")
+    parser.add_argument("--seeds", type=int, help="only the first so many seeds")
+    parser.add_argument("--smooth", type=smoothing, default=0.9, help="weight of the moving average, or off")
+    parser.add_argument("--out", type=Path, default=Path("outputs/figures"))
+    parser.add_argument("--all", action="store_true", help="every figure that has runs, beside the runs named")
+    parser.add_argument("runs", nargs="*", type=Path, help="run folders, drawn against each other")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw and table the runs named on the command line, and put their summaries into runs.json.
+    """Make what the command line names; a figure that is refused does not stop the others.
 
     Args:
         argv: arguments; None takes the process's.
 
     Returns:
-        0, or 2 if a folder is not a run's (one sentence says which).
+        0, or 2 if a figure was refused or there is nothing to draw (a sentence says why).
     """
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("outputs/figures"))
-    parser.add_argument("runs", nargs="*", type=Path)
-    options = parser.parse_args(argv)
-    if not options.runs:
-        print("error: there is no run folder yet; make train writes one", file=sys.stderr)
-        return 2
-    rows, summaries = defaultdict(list), defaultdict(list)
+    options, refused = parse(argv), 0
     try:
-        for folder in options.runs:
-            name, lines, summary = read_run(folder)
-            rows[name].append(lines)
-            summaries[name] += [summary] if summary else []
-    except ValueError as error:
+        names = [options.name] if options.name else drawable(options) if options.all or not options.runs else []
+        if options.runs and not options.name:
+            against_each_other(options.runs, options.out)
+    except (FigureError, ExperimentError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    path = draw(rows, options.out)
-    (options.out / "runs.md").write_text(table(summaries))
-    (options.out / "runs.json").write_text(json.dumps(summaries, indent=1) + "\n")
-    print(table(summaries), end="")
-    print(f"drawn in {path}")
-    return 0
+    for name in names:
+        try:
+            print(f"{name}: {'  '.join(map(str, make(name, options)))}")
+        except (FigureError, ExperimentError) as error:
+            print(f"error: {name} is not drawn: {error}", file=sys.stderr)
+            refused += 1
+    if not names and not options.runs:
+        print("error: there is no run to draw yet; make train or make experiment makes one", file=sys.stderr)
+    return 2 if refused or not (names or options.runs) else 0
 
 
 if __name__ == "__main__":

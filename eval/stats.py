@@ -1,7 +1,7 @@
-"""The statistics of figures and tables: means over seeds, intervals, rank correlation, and when a run has collapsed.
+"""The statistics of figures and tables: means over seeds, intervals, rank correlation, the cost of a target.
 
 Plain numpy; named `stats` because a script's folder comes first on the import path and torch imports `statistics`.
-Rewards are a run's mean rewards in the order of its steps; NaN stands for a step without one.
+What became of one run is `open_r1_capo.outcomes`' to say; here is what compares runs.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-WINDOW = 10  # steps of an accuracy: 10 × 96 completions have a standard error of 0.016 at most, one step has 0.05
-MARGIN = 0.05  # a run falls, or no longer survives, when it ends further than this below its best window
-RISE = 0.10  # a run that has never been this far above the base accuracy cannot collapse
+from open_r1_capo import outcomes
+
 DRAWS = 1000  # bootstrap resamples
 
 
@@ -129,33 +128,6 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     return float((a * b).sum() / norm) if norm > 0 else float("nan")
 
 
-def window_means(rewards: Sequence[float]) -> np.ndarray:
-    """Take the mean of every WINDOW successive rewards; NaN ones are taken out first.
-
-    Args:
-        rewards: (T,).
-
-    Returns:
-        (T' − WINDOW + 1,), in order; of a shorter run, the one mean of what there is ((0,) of nothing).
-    """
-    known = np.asarray(rewards, dtype=float)
-    known = known[~np.isnan(known)]
-    size = min(WINDOW, len(known))
-    return np.lib.stride_tricks.sliding_window_view(known, size).mean(1) if size else known
-
-
-def last_accuracy(rewards: Sequence[float]) -> float:
-    """Take the mean reward of the last WINDOW steps; NaN for a run without rewards."""
-    means = window_means(rewards)
-    return float(means[-1]) if len(means) else float("nan")
-
-
-def best_accuracy(rewards: Sequence[float]) -> float:
-    """Take the largest mean reward of WINDOW successive steps; NaN for a run without rewards."""
-    means = window_means(rewards)
-    return float(means.max()) if len(means) else float("nan")
-
-
 def base_accuracy(runs: Sequence[Sequence[float]]) -> float:
     """Estimate the policy's accuracy before training: the mean reward of the first step, over the runs of one scale.
 
@@ -171,28 +143,15 @@ def base_accuracy(runs: Sequence[Sequence[float]]) -> float:
     return float(np.mean(first)) if first else float("nan")
 
 
-def collapsed(rewards: Sequence[float], base: float) -> bool:
-    """Say whether a run has collapsed: it ends below the base policy after it was at least RISE above it.
-
-    Args:
-        rewards: of the run; ends and heights are means of WINDOW steps.
-        base: `base_accuracy`.
-
-    Returns:
-        The verdict; a run that never rose can only have fallen.
-    """
-    return last_accuracy(rewards) < base and best_accuracy(rewards) >= base + RISE
-
-
 def fell(rewards: Sequence[float]) -> bool:
-    """Say whether a run ends more than MARGIN below its best window, wherever that is."""
-    return last_accuracy(rewards) < best_accuracy(rewards) - MARGIN
+    """Say whether a run ends more than outcomes.MARGIN below its best window, wherever that is."""
+    return not outcomes.survived(rewards)
 
 
-def survived(rewards: Sequence[float], base: float) -> bool:
-    """Say whether a run has survived its learning rate: it has not fallen, and does not end below the base policy.
+def usable(rewards: Sequence[float], base: float) -> bool:
+    """Say whether a run has survived its learning rate and does not end below the base policy.
 
-    The second part is for rates so high that the first window is already ruined: such a run has nothing to fall from.
+    Without the second part a rate survives that has ruined the first window already: it has nothing to fall from.
 
     Args:
         rewards: of the run.
@@ -201,22 +160,22 @@ def survived(rewards: Sequence[float], base: float) -> bool:
     Returns:
         The verdict.
     """
-    return not fell(rewards) and last_accuracy(rewards) >= base
+    return outcomes.survived(rewards) and outcomes.last_accuracy(rewards) >= base
 
 
 def cost_to(target: float, rewards: Sequence[float], cost: Sequence[float]) -> float:
-    """Find what a run has spent when the mean reward of its last WINDOW steps first reaches a target.
+    """Find what a run has spent when the mean reward of its last outcomes.WINDOW steps first reaches a target.
 
     Args:
         target: accuracy.
-        rewards: (T,).
+        rewards: (T,), a step's mean reward; NaN for a step without one.
         cost: (T,), cumulative: completions, accepted tokens or steps.
 
     Returns:
         The cost at the last step of the first such window, which is full, so never before step WINDOW; ∞ if the
         target is not reached, NaN if the cost is not known.
     """
-    rewards, cost = np.asarray(rewards, dtype=float), np.asarray(cost, dtype=float)
-    known = ~np.isnan(rewards)
-    reached = np.flatnonzero(window_means(rewards) >= target) if known.sum() >= WINDOW else []
-    return float(cost[known][reached[0] + WINDOW - 1]) if len(reached) else float("inf")
+    pairs = [(reward, spent) for reward, spent in zip(rewards, cost, strict=True) if not np.isnan(reward)]
+    means = outcomes.trailing_means([reward for reward, _ in pairs])
+    reached = [i for i, mean in enumerate(means) if mean >= target]
+    return float(pairs[reached[0] + outcomes.WINDOW - 1][1]) if reached else float("inf")

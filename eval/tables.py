@@ -1,0 +1,353 @@
+"""The tables of the paper and ours, as Markdown and as numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+import published
+import stats
+from curves import TEST, Data, FigureError, Line, Run
+from drawing import Result, heading
+from open_r1_capo import outcomes
+
+SECONDS = {  # the rows of Table 1, as far as TRL's step can be told apart
+    "time/generate": "generation",
+    "time/reward": "reward",
+    "time/curvature": "CAPO: shifts, selection, moments",
+    "time/measure": "measuring the true KL",
+    "time/train": "forward and backward passes, optimizer",
+    "time/total": "total",
+}
+# what predicts, what is measured, and the exponent of capo/step_scale that turns α's prediction into the taken step's
+PAIRS = {
+    "m_F → KL": ("capo/batch_policy_shift", "capo/measured_kl", 2),
+    "m_F → KL of the last layer alone": ("capo/batch_policy_shift", "capo/measured_kl_head", 2),
+    "m_H → change of the objective": ("capo/batch_objective_shift", "capo/measured_objective", 1),
+}
+CALIBRATION_KEYS = (*dict.fromkeys(key for a, b, _ in PAIRS.values() for key in (a, b)),)
+SCALE_KEYS = ("capo/step_scale", "capo/skipped_step")
+
+
+def markdown(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: str) -> str:
+    """Lay a table out.
+
+    Args:
+        title: above it.
+        header: of the columns.
+        rows: cells.
+        notes: below it; how every figure in it was made.
+
+    Returns:
+        Markdown.
+    """
+    lines = [f"**{title}**", "", f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), "", notes, ""])
+
+
+def number(value: float, form: str = ".3f") -> str:
+    """Write a number; – for one that is not known, and words for a target that is not reached."""
+    if math.isnan(value):
+        return "–"
+    return "not reached" if math.isinf(value) else format(value, form)
+
+
+def spread(values: Sequence[float], form: str = ".3f") -> str:
+    """Write mean ± standard error over seeds; NaN values are left out."""
+    known = [value for value in values if not math.isnan(value)]
+    _, mean, error = stats.mean_and_error([{0: value} for value in known])
+    if not len(mean):
+        return "–"
+    return f"{mean[0]:{form}}" + ("" if math.isnan(error[0]) else f" ± {error[0]:{form}}")
+
+
+def pairs(run: Run, predicted: str, measured: str, exponent: int) -> np.ndarray:
+    """Take a step's prediction and measurement, for the step that was taken.
+
+    The metrics predict the scheduled rate's step; a planned one was shorter by s = capo/step_scale: m_F is quadratic
+    in it, m_H linear to first order. Skipped steps moved nothing and are left out.
+
+    Args:
+        run: with both columns and SCALE_KEYS.
+        predicted: a column.
+        measured: a column.
+        exponent: of s.
+
+    Returns:
+        (T', 2), without NaN.
+    """
+    scale = np.nan_to_num(run.columns["capo/step_scale"], nan=1.0)
+    both = np.stack([run.columns[predicted] * scale**exponent, run.columns[measured]], axis=1)
+    return both[np.isfinite(both).all(1) & (np.nan_to_num(run.columns["capo/skipped_step"]) == 0)]
+
+
+def pooled(statistic: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[Sequence[np.ndarray]], float]:
+    """Turn a statistic of two columns into one of the pooled steps of several seeds."""
+    return lambda seeds: statistic(*np.concatenate(list(seeds)).T)
+
+
+def mean_seconds(run: Run, key: str) -> float:
+    """Mean of a time/ metric over the steps after the first, which warms caches up; NaN if it was not logged."""
+    values = run.series(key)[1][1:]
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def table1(data: Data, smooth: float = 0.0) -> Result:
+    """Table 1: where the seconds of a step go.
+
+    Args:
+        data: runs with the time/ metrics.
+        smooth: not used.
+
+    Returns:
+        Mean seconds a step and share of the total, by arm.
+    """
+    rows, numbers = [], {line.arm.label: {} for line in data.lines}
+    paper = published.SECONDS if data.experiment.scale == published.SCALE else {}
+    for key, label in SECONDS.items():
+        cells = [label]
+        for line in data.lines:
+            seconds, total = ([mean_seconds(run, name) for run in line.runs] for name in (key, "time/total"))
+            mean = float(np.mean(seconds))
+            share = mean / float(np.mean(total))
+            numbers[line.arm.label][key] = {"seconds": mean, "share": share}
+            cells.append("–" if math.isnan(share) else f"{spread(seconds)} ({share:.1%})")
+        if paper:
+            cells.append(f"{paper[key]:.2f} ({paper[key] / paper['time/total']:.1%})" if key in paper else "–")
+        rows.append(cells)
+    header = ["seconds a step", *numbers, *(["paper"] if paper else [])]
+    notes = f"Mean seconds a step without the first, ± standard error over seeds; share of the total. {data.seeds}."
+    return Result(heading(data) | {"arms": numbers}, table=markdown(data.experiment.title, header, rows, notes))
+
+
+def estimate(seeds: Sequence[np.ndarray], statistic: Callable[[Sequence[np.ndarray]], float]) -> dict[str, float]:
+    """A statistic of seeds' steps with its 95 % bootstrap interval over seeds and steps."""
+    seeds = [rows for rows in seeds if len(rows)]
+    if not seeds:
+        return dict.fromkeys(("value", "low", "high"), float("nan"))
+    low, high = stats.bootstrap(seeds, statistic, steps=True)
+    return {"value": statistic(seeds), "low": low, "high": high}
+
+
+def interval(found: dict[str, float], form: str = ".3f") -> str:
+    """Write an estimate as value [low, high]."""
+    ends = (
+        ""
+        if math.isnan(found["low"]) or math.isinf(found["low"])
+        else f" [{number(found['low'], form)}, {number(found['high'], form)}]"
+    )
+    return number(found["value"], form) + ends
+
+
+def table5(data: Data, smooth: float = 0.0) -> Result:
+    """Table 5: Spearman's ρ of m_F with the measured KL, by token and by batch.
+
+    Args:
+        data: runs with measured_kl.
+        smooth: not used.
+
+    Returns:
+        ρ with its interval, by arm.
+    """
+    rho = pooled(stats.spearman)
+    batch, mean_token = (("capo/batch_policy_shift", 2), ("capo/policy_shift/mean", 0))
+    kinds = {
+        "token: in a step, mean over steps": ("token", lambda run: run.series("capo/kl_spearman")[1][:, None], mean),
+        "token: mean m_F of a step's tokens, over steps": (
+            "step", lambda run: pairs(run, mean_token[0], "capo/measured_kl", mean_token[1]), rho),
+        "batch: over steps": ("batch", lambda run: pairs(run, batch[0], "capo/measured_kl", batch[1]), rho),
+    }  # fmt: skip
+    rows, numbers = [], {line.arm.label: {} for line in data.lines}
+    for label, (kind, rows_of, statistic) in kinds.items():
+        cells = [label]
+        for line in data.lines:
+            found = estimate([rows_of(run) for run in line.runs], statistic)
+            numbers[line.arm.label][kind] = found
+            paper = published.SPEARMAN.get(kind, {}).get(line.arm.recipe)
+            beside = f" (paper {paper})" if paper and data.experiment.scale == published.SCALE else ""
+            cells.append(interval(found) + beside)
+        rows.append(cells)
+    notes = (
+        "Spearman's ρ, ties averaged [95 % bootstrap interval over seeds and steps; the steps of a run depend on each "
+        f"other, so it is rather too narrow]. Skipped steps are left out. {data.seeds}."
+    )
+    table = markdown(data.experiment.title, ["m_F against the measured KL", *numbers], rows, notes)
+    return Result(heading(data) | {"arms": numbers}, table=table)
+
+
+def mean(seeds: Sequence[np.ndarray]) -> float:
+    """Mean over the steps of several seeds."""
+    return float(np.concatenate(list(seeds)).mean())
+
+
+def slope(x: np.ndarray, y: np.ndarray) -> float:
+    """Least-squares slope of log y on log x, over the pairs where both are positive; NaN for fewer than three."""
+    positive = (x > 0) & (y > 0)
+    a, b = np.log(x[positive]), np.log(y[positive])
+    a = a - a.mean() if len(a) else a
+    return float((a * b).sum() / (a * a).sum()) if len(a) > 2 and (a * a).sum() > 0 else float("nan")
+
+
+def median_ratio(x: np.ndarray, y: np.ndarray) -> float:
+    """Median of y/x over the pairs where both are positive; NaN without one."""
+    positive = (x > 0) & (y > 0)
+    return float(np.median(y[positive] / x[positive])) if positive.any() else float("nan")
+
+
+def calibration(data: Data) -> tuple[dict[str, Any], str]:
+    """Table what the model predicts against what is measured, step by step.
+
+    Args:
+        data: runs with CALIBRATION_KEYS and SCALE_KEYS.
+
+    Returns:
+        The numbers by arm, and Markdown.
+    """
+    rows, numbers = [], {}
+    for line in data.lines:
+        for label, (predicted, measured, exponent) in PAIRS.items():
+            seeds = [pairs(run, predicted, measured, exponent) for run in line.runs]
+            functions = {"slope": slope, "median_ratio": median_ratio, "spearman": stats.spearman}
+            found = {name: estimate(seeds, pooled(function)) for name, function in functions.items()}
+            both = np.concatenate(seeds)
+            found["positive"] = float((both > 0).all(1).mean()) if len(both) else float("nan")
+            numbers.setdefault(line.arm.label, {})[label] = found
+            cells = [interval(found[name], ".2f" if name != "median_ratio" else "#.2g") for name in functions]
+            rows.append([line.arm.label, label, *cells, number(found["positive"], ".0%")])
+        share = estimate(
+            [pairs(run, "capo/measured_kl", "capo/measured_kl_head", 0) for run in line.runs], pooled(median_ratio)
+        )
+        numbers[line.arm.label]["share of the last layer"] = share
+        rows.append([line.arm.label, "KL of the last layer alone / KL", "–", interval(share, "#.2g"), "–", "–"])
+    header = ["arm", "predicted → measured", "slope (log-log)", "median ratio", "Spearman", "both positive"]
+    notes = (
+        "A step each; ratio is measured / predicted. [95 % bootstrap interval over seeds and steps.] Slope and ratio "
+        f"over steps where both are positive, Spearman over all. Skipped steps are left out. {data.seeds}."
+    )
+    return numbers, markdown(data.experiment.title, header, rows, notes)
+
+
+def outcome(line: Line, base: float) -> dict[str, Any]:
+    """What became of an arm's runs.
+
+    Args:
+        line: its runs.
+        base: `stats.base_accuracy` of the experiment at this scale.
+
+    Returns:
+        last and best accuracy of each seed, and how many of n collapsed, fell, survived and stayed usable.
+    """
+    rewards = [run.rewards for run in line.runs]
+    return {
+        "n": len(rewards),
+        "last": [outcomes.last_accuracy(one) for one in rewards],
+        "best": [outcomes.best_accuracy(one) for one in rewards],
+        "collapsed": sum(outcomes.collapsed(one, base) for one in rewards),
+        "fell": sum(stats.fell(one) for one in rewards),
+        "survived": sum(map(outcomes.survived, rewards)),
+        "usable": sum(stats.usable(one, base) for one in rewards),
+        "test": [float(run.tests[-1][TEST]) for run in line.runs if run.tests],
+    }
+
+
+def cost(line: Line, target: float, column: str) -> dict[str, float]:
+    """The median over seeds of what a target costs, with its bootstrap interval over seeds; ∞: not reached."""
+    spent = [np.array([stats.cost_to(target, run.columns["reward"], run.columns[column])]) for run in line.runs]
+    median = lambda seeds: float(np.quantile(np.concatenate(seeds), 0.5, method="inverted_cdf"))  # noqa: E731
+    low, high = stats.bootstrap(spent, median)
+    return {"value": median(spent), "low": low, "high": high, "reached": int(np.isfinite(spent).sum())}
+
+
+def efficiency(data: Data, smooth: float = 0.0) -> Result:
+    """Table what it costs to reach the final accuracy of conservative GRPO, and what became of the runs.
+
+    Args:
+        data: runs with one arm of the recipe grpo_conservative.
+        smooth: not used.
+
+    Returns:
+        Completions, accepted tokens and steps to the target, best and last accuracy, collapsed seeds.
+
+    Raises:
+        FigureError: no arm to take the target from.
+    """
+    reference = next((line for line in data.lines if line.arm.recipe == "grpo_conservative"), None)
+    if reference is None:
+        raise FigureError("the target is the final accuracy of grpo_conservative, which is not among the arms")
+    base = stats.base_accuracy([run.rewards for line in data.lines for run in line.runs])
+    target = float(np.mean([outcomes.last_accuracy(run.rewards) for run in reference.runs]))
+    rows, numbers = [], {}
+    for line in data.lines:
+        found = outcome(line, base)
+        costs = {column: cost(line, target, column) for column in ("completions", "accepted_tokens", "step")}
+        reached, n = costs["step"]["reached"], found["n"]
+        numbers[line.arm.label] = found | {"costs": costs}
+        cells = [interval(one, ",.0f") for one in costs.values()]
+        ends = [spread(found["best"]), spread(found["last"]), spread(found["test"])]
+        rows.append(
+            [line.arm.label, f"{reached}/{n}", *cells, *ends, f"{found['collapsed']}/{n}", f"{found['fell']}/{n}"]
+        )
+    header = [
+        "arm",
+        "reached",
+        "completions",
+        "accepted tokens",
+        "steps",
+        "best",
+        "last",
+        "last TEST",
+        "collapsed",
+        "fell",
+    ]
+    notes = (
+        f"To {target:.3f}, the mean last accuracy of {reference.arm.label} (in-training, windows of {outcomes.WINDOW} "
+        "steps; taken as given): median over seeds [95 % bootstrap interval over seeds]. Best, last, TEST: mean ± "
+        f"standard error. {RULES} The base accuracy is {base:.3f}. {data.seeds}."
+    )
+    table = markdown(data.experiment.title, header, rows, notes)
+    return Result(heading(data) | {"target": target, "base": base, "arms": numbers}, table=table)
+
+
+def transfer(scales: Sequence[Data], smooth: float = 0.0) -> Result:
+    """Table the last accuracy of each arm at each scale.
+
+    Args:
+        scales: one experiment at several scales.
+        smooth: not used.
+
+    Returns:
+        Mean ± standard error, and how many seeds stayed usable, by arm and scale.
+    """
+    numbers, labels = {}, {}
+    for data in scales:
+        base = stats.base_accuracy([run.rewards for line in data.lines for run in line.runs])
+        for line in data.lines:
+            label = (line.arm.label, *line.arm.overrides)
+            labels[label] = None
+            numbers.setdefault(data.experiment.scale, {})[label] = outcome(line, base) | {"base": base}
+    rows = [["base policy", "", *(number(next(iter(arms.values()))["base"]) for arms in numbers.values())]]
+    for label in labels:
+        cells = [label[0], ", ".join(label[1:])]
+        for arms in numbers.values():
+            found = arms.get(label)
+            cells.append(f"{spread(found['last'])} ({found['usable']}/{found['n']})" if found else "–")
+        rows.append(cells)
+    title = scales[0].experiment.title
+    seeds = "; ".join(f"{data.experiment.scale}: {data.seeds}" for data in scales)
+    notes = (
+        f"Last in-training accuracy, mean ± standard error over seeds (seeds that stayed usable / n). {RULES} {seeds}."
+    )
+    plain = {scale: {", ".join(label): found for label, found in arms.items()} for scale, arms in numbers.items()}
+    table = markdown(title, ["arm", "settings", *numbers], rows, notes)
+    return Result({"name": scales[0].name, "title": title, "scales": plain}, table=table)
+
+
+RULES = (
+    f"Collapsed: the mean of the last {outcomes.WINDOW} steps is below the base accuracy (mean reward of the first "
+    f"step over all runs) after a window at least {100 * outcomes.RISE:.0f} points above it. Fell: it is more than "
+    f"{100 * outcomes.MARGIN:.0f} points below the best window. Survived: not fallen. "
+    "Usable: survived, and not below the base accuracy."
+)
