@@ -7,104 +7,17 @@ the wrong type or out of range ends in one `ConfigError`, before anything is wri
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from trl import GRPOConfig
 
-from open_r1_capo.capo import TrustRegion
-from open_r1_capo.capo.last_layer import GRANULARITIES
-
-
-class ConfigError(ValueError):
-    """A recipe or an override that cannot be used; the message is one sentence for the user."""
-
-
-@dataclass
-class CAPOConfig:
-    """What CAPO does; every threshold is in the units of Eq. 10 at the scheduler's current learning rate.
-
-    Attributes:
-        mode: `off` (plain TRL), `observe` (log every shift, weigh every token 1), `mask` (the paper) or `scale`.
-        optimizer_model: `adam` or `sgd` (App. I), the model of the step.
-        top_k: k of the support; the sampled token is always added.
-        max_policy_shift: δ_F; inf is off.
-        max_objective_shift: δ_H^high; inf is off.
-        min_objective_shift: δ_H; null is the symmetric form of App. J.
-        granularity: what is judged: token, sequence, group or batch (within one micro-batch of one rank).
-        denominator: GRPO divides a sequence by its `kept` tokens, or by `all`.
-        moment_average: `per_logit` or `per_token`, see `AdamStep`.
-        absent_rows: `hold` or `decay`, see `AdamStep`.
-        step_policy_shift: δ_step, the KL budget of a whole update; inf is off.
-        step_feedback: calibrate the prediction by the measured KL.
-        measure_kl: share of each micro-batch's sequences on which the update's true KL is measured; 0 is off.
-    """
-
-    mode: str = "mask"
-    optimizer_model: str = "adam"
-    top_k: int = 50
-    max_policy_shift: float = math.inf
-    max_objective_shift: float = math.inf
-    min_objective_shift: float | None = None
-    granularity: str = "token"
-    denominator: str = "kept"
-    moment_average: str = "per_logit"
-    absent_rows: str = "hold"
-    step_policy_shift: float = math.inf
-    step_feedback: bool = True
-    measure_kl: float = 1.0
-
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "mode": ("off", "observe", "mask", "scale"),
-        "optimizer_model": ("adam", "sgd"),
-        "granularity": GRANULARITIES,
-        "denominator": ("kept", "all"),
-        "moment_average": ("per_logit", "per_token"),
-        "absent_rows": ("hold", "decay"),
-    }
-
-    def __post_init__(self):
-        """Check choices and ranges.
-
-        Raises:
-            ConfigError: naming the key, its value and what it may be.
-        """
-        for name, known in self.CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"capo.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.top_k < 1:
-            raise ConfigError(f"capo.top_k must be at least 1, got {self.top_k}")
-        if not 0 <= self.measure_kl <= 1:
-            raise ConfigError(f"capo.measure_kl is a share between 0 and 1, got {self.measure_kl}")
-        if not self.step_policy_shift > 0:
-            raise ConfigError(f"capo.step_policy_shift must be greater than 0, got {self.step_policy_shift}")
-        if self.plans_steps and self.optimizer_model == "adam" and self.absent_rows == "hold":
-            raise ConfigError(
-                "capo.step_policy_shift plans the step of the real, dense Adam, which moves every row: it needs "
-                "capo.absent_rows=decay"
-            )
-        if self.plans_steps and self.step_feedback and self.measure_kl == 0:
-            raise ConfigError(
-                "capo.step_feedback needs the measured KL: set capo.measure_kl above 0 (1 is every token)"
-            )
-        try:
-            self.trust_region()
-        except ValueError as error:
-            raise ConfigError(f"capo.{error}") from None
-
-    @property
-    def plans_steps(self) -> bool:
-        """Whether the step's learning rate may be shortened."""
-        return math.isfinite(self.step_policy_shift)
-
-    def trust_region(self) -> TrustRegion:
-        """The bounds of Eq. 11, as configured."""
-        mode = "scale" if self.mode == "scale" else "mask"
-        return TrustRegion(self.max_policy_shift, self.max_objective_shift, self.min_objective_shift, mode)
+from open_r1_capo.capo_config import CAPOConfig, ConfigError
+from open_r1_capo.lab.pretrain import LabSettings
+from open_r1_capo.lab.task import VARIANTS, Mixture
 
 
 @dataclass
@@ -120,6 +33,7 @@ class DataConfig:
         answer_column: column of the gold answer; null finds it.
         max_prompt_tokens: longer prompts are left out (Table 2: 512); null keeps all.
         problems: how many problems the lab makes.
+        variant: which of the lab's eight variants they are, in training and in `evaluation.problems`.
     """
 
     name: str | None = None
@@ -130,6 +44,7 @@ class DataConfig:
     answer_column: str | None = None
     max_prompt_tokens: int | None = 512
     problems: int = 2000
+    variant: str = "base"
 
     def __post_init__(self):
         """Check ranges.
@@ -138,6 +53,8 @@ class DataConfig:
             ConfigError: naming the key, its value and what it may be.
         """
         _at_least(1, {"data.problems": self.problems, "data.max_prompt_tokens": self.max_prompt_tokens})
+        if self.variant not in VARIANTS:
+            raise ConfigError(f"data.variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
 
 
 @dataclass
@@ -189,6 +106,7 @@ class RunConfig:
         capo: see `CAPOConfig`.
         data: see `DataConfig`.
         evaluation: see `EvaluationConfig`.
+        lab: see `LabSettings`; which policy model_name_or_path=lab makes.
     """
 
     recipe: str
@@ -208,6 +126,7 @@ class RunConfig:
     capo: CAPOConfig = field(default_factory=CAPOConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    lab: LabSettings = field(default_factory=LabSettings)
 
     def __post_init__(self):
         """Check choices and ranges.
@@ -232,7 +151,7 @@ class RunConfig:
         return Path(self.output_root) / name / self.scale / f"seed{seed}"
 
 
-NESTED: dict[str, type] = {"capo": CAPOConfig, "data": DataConfig, "evaluation": EvaluationConfig}
+NESTED: dict[str, type] = {"capo": CAPOConfig, "data": DataConfig, "evaluation": EvaluationConfig, "lab": LabSettings}
 KEPT_LOSSES = ("grpo", "dr_grpo", "bnpo")  # whose token count is known within the micro-batch
 TRL_FIELDS = {f.name: f for f in dataclasses.fields(GRPOConfig)}
 OURS = {f.name for f in dataclasses.fields(RunConfig)} - set(NESTED)
@@ -251,7 +170,8 @@ def build(settings: dict[str, Any]) -> tuple[RunConfig, GRPOConfig]:
         ConfigError: a value of the wrong type or out of range, or a scale that this machine cannot run.
     """
     ours = {key: value for key, value in settings.items() if key in OURS}
-    nested = {key: kind(**_typed(kind, key, settings.get(key))) for key, kind in NESTED.items()}
+    nested = {key: kind(**_typed(kind, key, settings.get(key))) for key, kind in NESTED.items() if key != "lab"}
+    nested["lab"] = _lab(settings.get("lab"), settings.get("model_name_or_path"))
     missing = [key for key in ("model_name_or_path", "completions_per_step") if settings.get(key) is None]
     if missing:
         raise ConfigError(f"{missing[0]} is not set")
@@ -292,6 +212,20 @@ def _typed(kind: type, prefix: str, values: dict[str, Any] | None) -> dict[str, 
     return {
         key: _convert(f"{prefix}.{key}" if prefix else key, value, hints[key]) for key, value in (values or {}).items()
     }
+
+
+def _lab(values: dict[str, Any] | None, model: str | None) -> LabSettings:
+    """The lab policy's settings, which are refused where another policy is trained."""
+    given = _typed(LabSettings, "lab", values)
+    if given and model != "lab":
+        raise ConfigError(f"lab.{next(iter(given))} has no effect with model_name_or_path={model}: set that to lab")
+    mixture = _typed(Mixture, "lab.mixture", given.pop("mixture", None))
+    group = "lab.mixture"
+    try:
+        given["mixture"], group = Mixture(**mixture), "lab"
+        return LabSettings(**given)
+    except ValueError as error:
+        raise ConfigError(f"{group}.{error}") from None
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
@@ -358,7 +292,7 @@ def _check_training(run: RunConfig, args: dict[str, Any]) -> None:
             f"save_steps ({args['save_steps']}) must not fall between two steps on the same completions: make it a "
             f"multiple of {reuse // accumulation}"
         )
-    if run.capo.mode in ("mask", "scale") and (args.get("entropy_coef") or args.get("use_adaptive_entropy")):
+    if run.capo.weighs and (args.get("entropy_coef") or args.get("use_adaptive_entropy")):
         raise ConfigError("an entropy bonus would act on rejected tokens: set entropy_coef=0, or capo.mode=observe")
 
 
@@ -375,8 +309,7 @@ def _check_batch(run: RunConfig, trl: dict[str, Any]) -> None:
             f"run one process with per_device_train_batch_size={run.completions_per_step}"
         )
     loss = trl.get("loss_type", "dapo")
-    weighs = run.capo.mode in ("mask", "scale")
-    if weighs and run.capo.denominator == "kept" and loss not in KEPT_LOSSES:
+    if run.capo.weighs and run.capo.denominator == "kept" and loss not in KEPT_LOSSES:
         raise ConfigError(
             f"capo.denominator=kept is defined for the losses {', '.join(KEPT_LOSSES)}, not for {loss}: "
             "use capo.denominator=all"

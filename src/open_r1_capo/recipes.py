@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -18,6 +19,18 @@ from open_r1_capo.configs import NESTED, OURS, TRL_FIELDS, ConfigError
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 GROUPS = ("method", "regime", "scale")
 LAB_IGNORES = ("data.config", "data.split", "data.problem_column", "data.answer_column")
+BOUNDED = ("mask", "scale")
+MODE_KEYS = {  # read under these modes alone
+    "capo.max_policy_shift": BOUNDED,
+    "capo.max_objective_shift": BOUNDED,
+    "capo.min_objective_shift": BOUNDED,
+    "capo.probability_alpha": ("probability",),
+    "capo.covariance_frac": ("covariance",),
+    "capo.covariance_low": ("covariance",),
+    "capo.covariance_high": ("covariance",),
+    "capo.max_token_gradient": ("gradient_norm",),
+}
+STEP_KEYS = ("capo.step_feedback", "capo.step_rule")
 
 
 def known_recipes() -> list[str]:
@@ -74,18 +87,34 @@ def _nest(key: str) -> dict[str, Any]:
     return {head: {tail: None}} if tail else {head: None}
 
 
+def _fields(kind: type, group: str) -> Iterator[str]:
+    """Full names of a group's settings, and of the settings of the groups in it."""
+    for name, hint in get_type_hints(kind).items():
+        if name in {f.name for f in dataclasses.fields(kind)}:
+            yield f"{group}.{name}"
+            yield from _fields(hint, f"{group}.{name}") if dataclasses.is_dataclass(hint) else ()
+
+
+def _keys(settings: dict[str, Any], valid: set[str], group: str = "") -> Iterator[str]:
+    """Full names of what is set: of each known group its settings, of anything else the name alone."""
+    for key, value in settings.items():
+        name = group + key
+        if isinstance(value, dict) and name in valid:
+            yield from _keys(value, valid, f"{name}.")
+        else:
+            yield name
+
+
 def _check_keys(settings: dict[str, Any]) -> None:
     valid = OURS | set(TRL_FIELDS) | set(NESTED) | set(GROUPS)
-    nested = {f"{key}.{f.name}" for key, kind in NESTED.items() for f in dataclasses.fields(kind)}
-    for key, value in settings.items():
-        names = [f"{key}.{name}" for name in value] if key in NESTED and isinstance(value, dict) else [key]
-        for name in names:
-            if name not in valid | nested:
-                near = difflib.get_close_matches(name, sorted(valid | nested), n=1, cutoff=0.5)
-                hint = f"; did you mean {near[0]}?" if near else "; it is neither a field of TRL's GRPOConfig nor ours"
-                raise ConfigError(f"there is no setting {name!r}{hint}")
-            if name == "output_dir":
-                raise ConfigError("output_dir follows from the recipe's name and seed: set output_root instead")
+    valid |= {name for key, kind in NESTED.items() for name in _fields(kind, key)}
+    for name in _keys(settings, valid):
+        if name not in valid:
+            near = difflib.get_close_matches(name, sorted(valid), n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else "; it is neither a field of TRL's GRPOConfig nor ours"
+            raise ConfigError(f"there is no setting {name!r}{hint}")
+        if name == "output_dir":
+            raise ConfigError("output_dir follows from the recipe's name and seed: set output_root instead")
 
 
 def _check_used(settings: dict[str, Any], overrides: list[str]) -> None:
@@ -96,15 +125,17 @@ def _check_used(settings: dict[str, Any], overrides: list[str]) -> None:
         reason = None
         if key.startswith("capo.") and key != "capo.mode" and capo.get("mode") == "off":
             reason = "capo.mode=off"
-        elif key in ("capo.max_policy_shift", "capo.max_objective_shift", "capo.min_objective_shift"):
-            reason = "capo.mode=observe" if capo.get("mode") == "observe" else None
+        elif key in MODE_KEYS and capo.get("mode") not in MODE_KEYS[key]:
+            reason = f"capo.mode={capo.get('mode')}"
         elif key in ("capo.moment_average", "capo.absent_rows") and capo.get("optimizer_model") == "sgd":
             reason = "capo.optimizer_model=sgd"
-        elif key == "capo.step_feedback" and capo.get("step_policy_shift", math.inf) == math.inf:
+        elif key == "capo.step_feedback" and capo.get("step_rule") == "adapt":
+            reason = "capo.step_rule=adapt"
+        elif key in STEP_KEYS and capo.get("step_policy_shift", math.inf) == math.inf:
             reason = "capo.step_policy_shift=inf"
         elif key.startswith("vllm_") and not settings.get("use_vllm"):
             reason = "use_vllm=false"
-        elif key == "data.problems" and data.get("name") != "lab":
+        elif key in ("data.problems", "data.variant") and (data.get("name") != "lab" or data.get("path")):
             reason = "a data set other than the lab's"
         elif key in LAB_IGNORES and data.get("name") == "lab" and not data.get("path"):
             reason = "data.name=lab"
