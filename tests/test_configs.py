@@ -13,10 +13,6 @@ PAPER = {  # Table 4
     "reincapo_aggressive": (1e-5, 1e-1),
 }
 NO_GPU = {"needs_gpu": False, "bf16": False}  # bf16 asks for one too
-NINE = {
-    "grpo_conservative", "grpo_aggressive", "drgrpo_aggressive", "reinforce_aggressive", "capo_aggressive",
-    "drcapo_aggressive", "reincapo_aggressive", "capo_scale_aggressive", "grpo_planned",
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("scale", sorted(path.stem for path in (RECIPES / "scale").glob("*.yaml")))
@@ -29,8 +25,8 @@ def test_every_recipe_composes_at_every_scale(recipe, scale):
     assert settings["recipe"] == recipe
 
 
-def test_the_nine_recipes():
-    assert set(known_recipes()) == NINE
+def test_the_recipes():
+    assert set(known_recipes()) == set(METHODS)
 
 
 @pytest.mark.parametrize("size", ["1.5b", "7b"])
@@ -55,7 +51,7 @@ def test_the_papers_settings(recipe, size):
         ("capo.max_polcy_shift=1", "did you mean capo.max_policy_shift?"),
         ("data.pth=x", "did you mean data.path?"),
         ("qwertzuiop=1", "neither a field of TRL's GRPOConfig nor ours"),
-        ("scale=huge", "no scale 'huge'; there are lab, qwen2.5-math-1.5b, qwen2.5-math-7b"),
+        ("scale=huge", "no scale 'huge'; there are lab, lab_heavy, .*, qwen2.5-math-1.5b, qwen2.5-math-7b"),
         ("capo.max_policy_shift=0", "max_policy_shift must be greater than 0"),
         ("capo.max_policy_shift=-1e-4", "max_policy_shift must be greater than 0"),
         ("capo.step_policy_shift=0", "step_policy_shift must be greater than 0"),
@@ -132,6 +128,19 @@ METHODS = {  # loss_type, scale_rewards, advantage_baseline, capo.mode, capo.den
     "reincapo_aggressive": ("grpo", "none", "none", "mask", "kept"),
     "capo_scale_aggressive": ("grpo", "group", "group", "scale", "all"),
     "grpo_planned": ("grpo", "group", "group", "observe", "kept"),
+    "drgrpo_planned": ("dr_grpo", "none", "group", "observe", "kept"),
+    "reinforce_planned": ("grpo", "none", "none", "observe", "kept"),
+    "capo_planned": ("grpo", "group", "group", "mask", "kept"),
+    "capo_scale_planned": ("grpo", "group", "group", "scale", "all"),
+    "drcapo_scale_aggressive": ("dr_grpo", "none", "group", "scale", "all"),
+    "reincapo_scale_aggressive": ("grpo", "none", "none", "scale", "all"),
+    "grpo_probability": ("grpo", "group", "group", "probability", "all"),
+    "grpo_covariance": ("grpo", "group", "group", "covariance", "all"),
+    "grpo_token_norm": ("grpo", "group", "group", "gradient_norm", "all"),
+    "grpo_entropy": ("grpo", "group", "group", "observe", "kept"),
+    "grpo_norm_skip": ("grpo", "group", "group", "observe", "kept"),
+    "grpo_adapted": ("grpo", "group", "group", "observe", "kept"),
+    "grpo_kl": ("grpo", "group", "group", "observe", "kept"),
 }
 
 
@@ -142,8 +151,14 @@ def test_what_each_recipe_trains(recipe, scale):
     found = (args.loss_type, args.scale_rewards, run.advantage_baseline, run.capo.mode, run.capo.denominator)
     assert found == METHODS[recipe]
     assert run.regime == ("conservative" if "conservative" in recipe else "aggressive")
-    assert run.capo.step_policy_shift == (1e-3 if recipe == "grpo_planned" else math.inf)
-    assert run.capo.absent_rows == ("decay" if recipe == "grpo_planned" else "hold")
+    assert run.capo.plans_steps == (recipe.endswith("_planned") or recipe == "grpo_adapted")
+    assert run.capo.absent_rows == ("decay" if recipe.endswith("_planned") else "hold")
+    own = {
+        "grpo_entropy": args.top_entropy_quantile < 1, "grpo_kl": args.beta > 0,
+        "grpo_norm_skip": math.isfinite(run.capo.skip_gradient_norm), "grpo_adapted": run.capo.step_rule == "adapt",
+        "grpo_token_norm": math.isfinite(run.capo.max_token_gradient),
+    }  # fmt: skip
+    assert own == {name: name == recipe for name in own}
     assert run.capo.moment_average == "per_logit"
     assert (args.optim, str(args.lr_scheduler_type), args.weight_decay) == ("adamw_torch", "SchedulerType.COSINE", 0)
     if scale != "lab":
@@ -160,10 +175,19 @@ def test_unused_thresholds_are_refused():
         compose_recipe("grpo_aggressive", ["capo.max_policy_shift=1e-3"])
     with pytest.raises(ConfigError, match="no effect with capo.mode=off"):
         compose_recipe("grpo_aggressive", ["capo.mode=off", "capo.top_k=3"])
+    with pytest.raises(ConfigError, match="no effect with capo.mode=probability"):
+        compose_recipe("grpo_probability", ["capo.max_policy_shift=1e-3"])
+    with pytest.raises(ConfigError, match="no effect with capo.mode=mask"):
+        compose_recipe("capo_aggressive", ["capo.probability_alpha=0.1"])
+    with pytest.raises(ConfigError, match="no effect with capo.step_rule=adapt"):
+        compose_recipe("grpo_adapted", ["capo.step_feedback=false"])
+    with pytest.raises(ConfigError, match="no effect with capo.step_policy_shift=inf"):
+        compose_recipe("grpo_aggressive", ["capo.step_rule=plan"])
+    compose_recipe("grpo_covariance", ["capo.covariance_frac=1e-3", "capo.covariance_low=0.5"])
 
 
 def test_unknown_recipe_lists_the_known():
-    with pytest.raises(ConfigError, match="there is no recipe 'cap'; the recipes are capo_aggressive, capo_scale"):
+    with pytest.raises(ConfigError, match="there is no recipe 'cap'; the recipes are capo_aggressive, capo_planned"):
         compose_recipe("cap", [])
 
 

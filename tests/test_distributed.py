@@ -39,8 +39,8 @@ def varied(inputs):
     return batch
 trainer._generate_and_score_completions = varied
 judge = trainer._judge
-def judged(hidden, input_ids, attention_mask):
-    part = judge(hidden, input_ids, attention_mask)
+def judged(hidden, input_ids, attention_mask, entropies):
+    part = judge(hidden, input_ids, attention_mask, entropies)
     weights = part.selection.weight.split(part.mask.sum(1).tolist())
     for ids, mask, weight in zip(input_ids, part.mask, weights):
         texts[str(trainer.state.global_step) + str(ids[-part.mask.shape[1]:][mask].tolist())] = weight.tolist()

@@ -177,8 +177,8 @@ def masks_by_sequence(trainer):
     """Token weights of the first update, by completion text, whatever the order and the padding."""
     found, judge = {}, trainer._judge
 
-    def judged(hidden, input_ids, attention_mask):
-        part = judge(hidden, input_ids, attention_mask)
+    def judged(hidden, input_ids, attention_mask, entropies):
+        part = judge(hidden, input_ids, attention_mask, entropies)
         weights = iter(part.selection.weight.split(part.mask.sum(1).tolist()))
         for ids, attended, weight in zip(input_ids, attention_mask.bool(), weights, strict=True):
             found.setdefault(tuple(ids[attended].tolist()), []).append(weight)

@@ -15,11 +15,12 @@ committed to the optimizer model, which then knows the step and may shorten it (
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,10 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from open_r1_capo import checkpoint
-from open_r1_capo.capo import AdamStep, SGDStep, TokenBatch, TokenSelection, objective_shift, policy_shift
+from open_r1_capo.capo import AdamStep, SGDStep, TokenBatch, objective_shift, policy_shift
 from open_r1_capo.capo.curvature import predicted_kl, sgd_shifts, support_kl
-from open_r1_capo.capo.last_layer import RowGradient, merge
-from open_r1_capo.capo.planning import StepBudget
-from open_r1_capo.capo.selection import accept_all
-from open_r1_capo.configs import CAPOConfig
+from open_r1_capo.capo.planning import AdaptedRate, NormGuard, StepBudget
+from open_r1_capo.capo_config import CAPOConfig
 from open_r1_capo.features import (
     captured_hidden_states,
     check_head,
@@ -43,18 +42,7 @@ from open_r1_capo.features import (
     predicting,
     support_log_probs,
 )
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One micro-batch of the running update: its tokens as the loss pass saw them, and where they came from."""
-
-    tokens: TokenBatch
-    selection: TokenSelection
-    log_mass: Tensor  # (N,)
-    input_ids: Tensor  # (B, L)
-    attention_mask: Tensor  # (B, L)
-    mask: Tensor  # (B, T) bool, the completion tokens that take part
+from open_r1_capo.update import Part, draw, gather_selection, gradient_scale, select, subsets, sum_rows
 
 
 class CAPOTrainer(GRPOTrainer):
@@ -67,24 +55,33 @@ class CAPOTrainer(GRPOTrainer):
         **kwargs: as `GRPOTrainer`.
 
     Raises:
-        ValueError: the model's logits are not a plain linear layer of its hidden states.
+        ValueError: the model's logits are not a plain linear layer of its hidden states, or `skip_gradient_norm`
+            is set under DeepSpeed, which takes the step within its backward pass.
     """
 
     def __init__(self, *args: Any, capo: CAPOConfig, advantage_baseline: str = "group", **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.capo, self.advantage_baseline = capo, advantage_baseline
         self.counters = {"completions": 0, "accepted_tokens": 0}
-        self.budget = StepBudget(capo.step_policy_shift, capo.step_feedback)
+        adapts = capo.step_rule == "adapt"
+        self.budget = (
+            AdaptedRate(capo.step_policy_shift) if adapts else StepBudget(capo.step_policy_shift, capo.step_feedback)
+        )
+        self._learns = capo.plans_steps and (adapts or capo.step_feedback)
+        self.guard = NormGuard(capo.skip_gradient_norm)
         self.seconds: dict[str, float] = defaultdict(float)
         self._micro_batch: dict[str, Any] | None = None
-        self._parts: list[_Part] = []
+        self._parts: list[Part] = []
         self._planned_kl = 0.0  # m_F of the coming update at the rate it will be taken with
         self._scheduled_lrs: list[float] = []
-        self._skipped = False  # the last gradient was not finite
+        self._gradient_norm = 0.0  # of the last update, before clipping
+        self._skipped = False  # the last update was not taken
         self.add_callback(_UpdateCallback(self))
         policy = self._policy
         if capo.mode != "off":
             check_head(policy)
+        if math.isfinite(capo.skip_gradient_norm) and self.is_deepspeed_enabled:
+            raise ValueError("capo.skip_gradient_norm cannot stop DeepSpeed's step: train without DeepSpeed")
         config = policy.config.get_text_config()
         self.step_model = (
             SGDStep()
@@ -127,15 +124,15 @@ class CAPOTrainer(GRPOTrainer):
         with captured_hidden_states(self._policy) as captured:
             logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*call, **kwargs)
         with self._clock("curvature"), torch.no_grad():
-            part = self._judge(torch.cat(captured), input_ids, attention_mask)
+            part = self._judge(torch.cat(captured), input_ids, attention_mask, entropies)
             self._parts.append(part)
-            scale = self._gradient_scale(part)
-        if self.capo.mode != "observe":
+            scale = gradient_scale(part, self.capo.denominator, self.loss_type)
+        if self.capo.weighs:
             # a weight of 0 stops even a gradient that is not finite
             logps.register_hook(lambda gradient: torch.where(scale > 0, gradient * scale, 0).to(gradient.dtype))
         return logps, entropies, aux_loss
 
-    def _judge(self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> _Part:
+    def _judge(self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor, entropies: Tensor) -> Part:
         """Propose, measure and select the tokens of one micro-batch, and hand the accepted ones to the step model."""
         inputs = self._micro_batch
         mask = inputs["completion_mask"].bool()
@@ -152,7 +149,7 @@ class CAPOTrainer(GRPOTrainer):
             probs=support.probs,
             action_index=support.action_index,
             advantages=advantages[mask],
-            groups=self._groups(inputs, mask),
+            groups=subsets(inputs, mask, self.capo.granularity),
         )
         lr = self._scheduled_lr()
         if closed_form:
@@ -160,36 +157,21 @@ class CAPOTrainer(GRPOTrainer):
         else:
             z = self.step_model.propose(tokens, self.capo.granularity)
             shifts = tuple(shift(tokens, z, lr, self.capo.granularity) for shift in (policy_shift, objective_shift))
-        select = accept_all if self.capo.mode == "observe" else self.capo.trust_region().select
-        selection = select(*shifts)
+        rank, step = self.accelerator.process_index, self.state.global_step
+        generator = draw(self.args.seed, step, len(self._parts), rank) if self.capo.mode == "covariance" else None
+        selection = select(self.capo, tokens, support.log_mass, shifts, generator)
+        if self.top_entropy_quantile < 1:  # TRL's loss leaves these tokens out, so the step does not hold them
+            high = self.get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)
+            selection = selection.weighted(high[mask])
         self.step_model.accumulate(tokens, selection.weight.masked_fill(selection.non_finite, 0))
-        return _Part(tokens, selection, support.log_mass, input_ids, attention_mask, mask)
-
-    def _groups(self, inputs: dict[str, Any], mask: Tensor) -> Tensor | None:
-        """(N,) int64, each token's sequence or prompt within the micro-batch, if the granularity asks for it."""
-        rows = torch.arange(len(mask), device=mask.device)
-        if self.capo.granularity == "group":  # TRL shuffles a batch's sequences; equal prompts make a group
-            rows = torch.unique(inputs["prompt_ids"], dim=0, return_inverse=True)[1]
-        elif self.capo.granularity != "sequence":
-            return None
-        return rows[:, None].expand(mask.shape)[mask]
-
-    def _gradient_scale(self, part: _Part) -> Tensor:
-        """(B, T), what multiplies each log-probability's gradient: the weight, and n/Σw for denominator `kept`."""
-        weight = part.selection.weight
-        scale = torch.ones(part.mask.shape, dtype=weight.dtype, device=weight.device).masked_scatter(part.mask, weight)
-        if self.capo.denominator == "kept" and self.loss_type != "dr_grpo":  # Dr.GRPO counts no tokens
-            axis = (0, 1) if self.loss_type == "bnpo" else 1
-            kept = (scale * part.mask).sum(axis, keepdim=True)
-            scale = scale * torch.where(kept > 0, part.mask.sum(axis, keepdim=True) / kept, 0)
-        return scale
+        return Part(tokens, selection, support.log_mass, entropies[mask].detach(), input_ids, attention_mask, mask)
 
     # --- the update --------------------------------------------------------------------------------------------------
 
     def _commit(self) -> None:
         """Commit the update's accepted tokens, predict its shifts, and shorten its learning rate if it must be."""
         with self._clock("curvature"), torch.no_grad():
-            self.step_model.commit(reduce=self._sum_rows)
+            self.step_model.commit(reduce=partial(sum_rows, self.accelerator))
             lr, totals = self._scheduled_lr(), torch.zeros(3, dtype=torch.float64)
             for part in self._parts:
                 z = self.step_model.planned(part.tokens)
@@ -210,42 +192,27 @@ class CAPOTrainer(GRPOTrainer):
 
     def _record_selection(self) -> None:
         """Log the update's selection over all ranks, and count its accepted tokens."""
-        selection = TokenSelection.cat([part.selection for part in self._parts])
-        moving = torch.cat([part.tokens.advantages != 0 for part in self._parts])
-        columns = torch.stack([column.float() for column in (*vars(selection).values(), moving)])
-        padded = self.accelerator.pad_across_processes(columns, dim=1, pad_index=-1.0)
-        everyone = self.accelerator.gather(padded.T.contiguous()).T
-        everyone = everyone[:, everyone[0] >= 0]  # weights are never negative: -1 is padding
-        weight, policy, objective, *flags, moving = everyone
-        whole = TokenSelection(weight, policy, objective, *(flag.bool() for flag in flags))
-        self.counters["accepted_tokens"] += int((weight > 0).sum())
-        self.record({f"capo/{name}": value for name, value in whole.metrics(moving.bool()).items()})
+        whole, moving = gather_selection(self.accelerator, self._parts)
+        self.counters["accepted_tokens"] += int((whole.weight > 0).sum())
+        self.record({f"capo/{name}": value for name, value in whole.metrics(moving).items()})
 
-    def _sum_rows(self, mine: RowGradient) -> RowGradient:
-        """Sum the gradient rows over the ranks: the union of the ids first, then one all-reduce of its rows."""
-        if self.accelerator.num_processes == 1:
-            return mine
-        ids = self.accelerator.pad_across_processes(mine.token_ids, dim=0, pad_index=-1)
-        union = torch.unique(self.accelerator.gather(ids))
-        union = union[union >= 0]
-        empty = RowGradient(
-            union,
-            mine.total.new_zeros(len(union), mine.total.shape[1]),
-            mine.count.new_zeros(len(union)),
-            torch.zeros_like(mine.tokens),
-        )
-        aligned = merge([empty, mine])
-        reduced = [self.accelerator.reduce(x, "sum") for x in (aligned.total, aligned.count, aligned.tokens)]
-        return RowGradient(union, *reduced)
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._gradient_norm = float(norm)
+        return norm
 
     def before_step(self) -> None:
-        """Throw a gradient that is not finite away, so that the parameters stay as they are (plain TRL would not)."""
+        """Throw away a gradient that is not finite or, if asked, far larger than usual: no parameter moves.
+
+        Plain TRL would take the step. The optimizer keeps its moments too; the step model has committed by then.
+        """
         if self.capo.mode == "off":
             return
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if not gradients:  # DeepSpeed has taken the step within its backward pass
             return
-        self._skipped = not bool(torch.stack([g.detach().sum().isfinite() for g in gradients]).all())
+        finite = bool(torch.stack([g.detach().sum().isfinite() for g in gradients]).all())
+        self._skipped = not finite or self.guard.skips(self._gradient_norm)
         if self._skipped:
             for parameter in self.model.parameters():
                 parameter.grad = None
@@ -261,7 +228,7 @@ class CAPOTrainer(GRPOTrainer):
             with self._clock("measure"):
                 measured = self._measured_kl()
             self.record({"capo/measured_kl": measured})
-            if self.budget.feedback and self.capo.plans_steps and not self._skipped:
+            if self._learns and not self._skipped:
                 self.budget.calibrate(measured, self._planned_kl)
         self._parts.clear()
 
@@ -364,7 +331,8 @@ class CAPOTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            checkpoint.save_state(folder, self.step_model, {"calibration": self.budget.calibration, **self.counters})
+            extra = {"calibration": self.budget.calibration, "gradient_norms": self.guard.norms, **self.counters}
+            checkpoint.save_state(folder, self.step_model, extra)
         self.accelerator.wait_for_everyone()  # the other ranks' shards are part of a complete checkpoint
         if self.args.should_save:
             checkpoint.seal(folder)
@@ -374,6 +342,7 @@ class CAPOTrainer(GRPOTrainer):
         if folder is not None:
             saved = checkpoint.load_state(Path(folder), self.step_model)
             self.budget.calibration = saved["calibration"]
+            self.guard.norms = saved.get("gradient_norms", [])  # older checkpoints have none
             self.counters = {name: int(saved[name]) for name in self.counters}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class TokenSelection:
         over_policy: (N,) bool, m_F above its bound (rejected by `mask`, scaled by `scale`).
         over_objective: (N,) bool, m_H outside its bounds.
         non_finite: (N,) bool, a shift is NaN or infinite; always rejected.
+        other: (N,) bool, a rule that is not Eq. 11's has lowered the weight.
     """
 
     weight: Tensor
@@ -29,11 +30,17 @@ class TokenSelection:
     over_policy: Tensor
     over_objective: Tensor
     non_finite: Tensor
+    other: Tensor
 
     @staticmethod
     def cat(parts: Sequence[TokenSelection]) -> TokenSelection:
         """The selections of several micro-batches, one after the other."""
         return TokenSelection(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(TokenSelection)))
+
+    def weighted(self, weight: Tensor) -> TokenSelection:
+        """The selection with every weight multiplied by another rule's, (N,) in [0, 1]; NaN leaves its token out."""
+        weight = weight.to(self.weight.dtype).nan_to_num(0)
+        return replace(self, weight=self.weight * weight, other=self.other | (weight < 1))
 
     def metrics(self, moving: Tensor | None = None) -> dict[str, float]:
         """What to log of a selection.
@@ -42,8 +49,8 @@ class TokenSelection:
             moving: (N,) bool, the tokens with a gradient (A ≠ 0), over which the shifts are summarised.
 
         Returns:
-            Fractions of all N tokens that were rejected (and by which bound) or scaled down, and mean, p99 and
-            max of the finite shifts (for the objective: p99 and max of the absolute value).
+            Fractions of all N tokens that were rejected (and by which bound) or scaled down, their mean weight, and
+            mean, p99 and max of the finite shifts (for the objective: p99 and max of the absolute value).
         """
         rejected, total = self.weight == 0, max(1, len(self.weight))
         counts = {
@@ -51,9 +58,11 @@ class TokenSelection:
             "rejected_frac_policy": rejected & self.over_policy,
             "rejected_frac_objective": rejected & self.over_objective,
             "rejected_frac_non_finite": rejected & self.non_finite,
+            "rejected_frac_other": rejected & self.other,
             "scaled_frac": (self.weight > 0) & (self.weight < 1),
         }
         metrics = {name: float(flag.sum()) / total for name, flag in counts.items()}
+        metrics["mean_weight"] = float(self.weight.sum()) / total
         seen = ~self.non_finite if moving is None else ~self.non_finite & moving
         for name in ("policy_shift", "objective_shift"):
             values = getattr(self, name)[seen].float()
@@ -115,7 +124,8 @@ class TrustRegion:
         else:
             weight = (~over_policy).to(policy_shift.dtype)
         weight = weight.masked_fill(over_objective | non_finite, 0)
-        return TokenSelection(weight, policy_shift, objective_shift, over_policy, over_objective, non_finite)
+        none = torch.zeros_like(non_finite)
+        return TokenSelection(weight, policy_shift, objective_shift, over_policy, over_objective, non_finite, none)
 
     def _objective_inside(self, shift: Tensor) -> Tensor:
         if self.min_objective_shift is None:
