@@ -137,19 +137,11 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All metric lines so far; a last line that was cut off is left out."""
-        rows = []
-        for line in self.metrics.read_text().splitlines() if self.metrics.is_file() else []:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-        return rows
+        return _complete_lines(self.metrics)
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """What `make eval RUN=…` found, a line a checkpoint, in the order of their steps; empty if it never ran."""
-        path = self.path / "eval.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        return sorted(rows, key=lambda row: row["step"])
+        return sorted(_complete_lines(self.path / "eval.jsonl"), key=lambda row: row["step"])
 
     def append_evaluation(self, row: dict[str, Any]) -> None:
         """Add the TEST line of a step, in the place of an earlier one of that step or of later ones."""
@@ -207,6 +199,17 @@ def environment() -> dict[str, Any]:
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         **{name: version(name) for name in PACKAGES},
     }
+
+
+def _complete_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file up to a line that was cut off; none if there is no file."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from open_r1_capo.report.page import METRICS_LIMIT, fit_metrics, notes_html, render, table_html, text
-from open_r1_capo.report.panels import AXES, compare_panels, metric_columns, test_columns
+from open_r1_capo.report.panels import AXES, RUN_COLOURS, compare_panels, metric_columns, test_columns
 from open_r1_capo.report.run import ReportError, label, read_settings, unfinished
 from open_r1_capo.report.summary import summarise
 from open_r1_capo.run_folder import RunFolder, write_atomically
@@ -58,7 +58,7 @@ def write_comparison(names: list[str], out: Path) -> None:
         "settings": settings_table(labels, settings),
         "settings_title": "Settings that differ",
     }
-    data = {"runs": runs, "panels": panels, "axes": AXES, "bounds": {}, "records": []}
+    data = {"runs": runs, "panels": panels, "axes": AXES, "bounds": {}, "records": [], "runColours": RUN_COLOURS}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, render(f"{len(runs)} runs · open-r1-capo", sections, data))
 
@@ -135,7 +135,7 @@ def summary_table(labels: list[str], summaries: list[dict[str, Any]]) -> str:
     ]  # fmt: skip
     swatch = '<span class="swatch" style="--colour: var(--c{})"></span>'
     rows = [
-        [swatch.format(i % 8) + text(name), *cells(summary)]
+        [swatch.format(RUN_COLOURS[i % 8]) + text(name), *cells(summary)]
         for i, (name, summary) in enumerate(zip(labels, summaries, strict=True))
     ]
     return table_html(rows, head)

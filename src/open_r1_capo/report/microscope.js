@@ -68,7 +68,7 @@ class Microscope {
       "div",
       { class: "toolbar" },
       choice("colour", "colour", colours, this.colour, (key) => this.recolour(key)),
-      element("label", {}, "first ", select),
+      element("label", {}, "sorted by ", select),
       element("label", {}, only, " only completions with rejected tokens"),
     );
   }

@@ -14,13 +14,14 @@ class Panel {
 
   makeLegend() {
     this.values = this.spec.lines.map(() => element("b", {}));
-    const items = this.spec.lines.map((line, i) => {
+    this.items = this.spec.lines.map((line, i) => {
       const swatch = element("span", { class: `swatch ${line.style}`, style: `--colour: var(--c${line.colour})` });
       const toggle = element("button", { type: "button", "aria-pressed": "true", title: "hide or show this line" }, swatch, line.label);
       toggle.addEventListener("click", () => this.curves.toggle(this.id(line)));
       return element("li", {}, toggle, this.values[i]);
     });
-    this.legend.replaceChildren(...items.reverse());
+    const single = this.curves.runs.length === 1; // its main lines are drawn last, on top
+    this.legend.replaceChildren(...(single ? [...this.items].reverse() : this.items));
   }
 
   /** Lines are hidden by run where a page shows several, else one by one. */
@@ -44,7 +45,7 @@ class Panel {
     this.width = Math.max(240, this.svg.parentNode.clientWidth - 2 || 480);
     this.svg.setAttribute("width", this.width);
     this.svg.setAttribute("viewBox", `0 0 ${this.width} ${HEIGHT}`);
-    [...this.legend.children].reverse().forEach((item, i) => {
+    this.items.forEach((item, i) => {
       item.firstChild.setAttribute("aria-pressed", String(!this.curves.hidden.has(this.id(this.spec.lines[i]))));
     });
     const [low, high] = this.curves.extent();
@@ -86,7 +87,7 @@ class Panel {
   drawAxes() {
     const marks = [];
     const right = this.width - MARGIN.right;
-    for (const tick of this.y.ticks(4)) {
+    for (const tick of this.y.ticks(6)) {
       const y = this.y.at(tick);
       marks.push(shape("line", { class: "grid", x1: MARGIN.left, x2: right, y1: y, y2: y }));
       const label = this.spec.percent ? trim((100 * tick).toPrecision(3)) : axisLabel(tick, this.y.log);
@@ -113,10 +114,10 @@ class Panel {
       const value = this.value(y[i]);
       if (value === null || x[i] === null || x[i] === undefined) continue;
       const [px, py] = [this.x.at(x[i]), this.y.at(value)];
-      const connected = last >= 0 && (line.style === "dots" || last === i - 1 || this.gapIsEmpty(y, last, i));
+      const connected = last >= 0 && (dotted(line) || last === i - 1 || this.gapIsEmpty(y, last, i));
       path += `${connected ? "L" : "M"}${px.toFixed(1)},${py.toFixed(1)}`;
       alone = alone && !connected;
-      if (line.style === "dots") dots.push(shape("circle", { cx: px, cy: py, r: 3 }));
+      if (dotted(line)) dots.push(shape("circle", { cx: px, cy: py, r: 3 }));
       if (error && error[i]) bars.push(`M${px},${this.y.at(value - error[i])}V${this.y.at(value + error[i])}`);
       last = i;
     }
@@ -164,7 +165,7 @@ class Panel {
     const table = this.curves.runs[line.run][line.table];
     const own = table === this.curves.runs[line.run].metrics && x.every((v) => v === null || v <= at) && x.at(-1) < at;
     let note = error && error[row] ? ` ± ${format(error[row])}` : "";
-    if (x[row] !== at && (line.style === "dots" || own || this.curves.runs.length === 1)) {
+    if (x[row] !== at && (dotted(line) || own || this.curves.runs.length === 1)) {
       note += table.step ? ` at step ${table.step[row]}` : "";
     }
     return { x: x[row], y: y[row], near: !own, note };
@@ -233,6 +234,10 @@ class Panel {
     event.preventDefault();
     actions[event.key]();
   }
+}
+
+function dotted(line) {
+  return line.style.split(" ").includes("dots");
 }
 
 /** From values to pixels and back, with round ticks. */

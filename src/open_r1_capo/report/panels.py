@@ -21,6 +21,7 @@ AXES = {
 TIMES = ("train", "generate", "total", "reward", "measure", "curvature")  # in the colours of the palette
 MEAN = "reward, running mean"
 TAKEN = "learning rate taken"
+RUN_COLOURS = (0, 1, 6, 4, 5, 3, 7, 2)
 DIGITS = 5  # significant, of a number on the page
 
 
@@ -32,7 +33,7 @@ class Line:
         key: its column.
         label: in the legend.
         colour: index into the page's palette.
-        style: `thin`, `thick`, `dots` (few points, each marked), or empty.
+        style: words among `thin`, `thick`, `dashed` and `dots` (few points, each marked).
         table: `metrics` or `tests`.
         error: column of its standard error, or empty.
         run: index of its run on the page.
@@ -153,7 +154,7 @@ def run_panels(table: dict[str, list], tests: dict[str, list], over: int = 0) ->
     panels.insert(1, Panel(title, (Line("test", "TEST", 1, "dots", "tests", "test_stderr"),)))
     names = [key for key in tests if key.startswith("task ")]
     lines = tuple(Line(key, key.removeprefix("task "), i % 8, "dots", "tests") for i, key in enumerate(names))
-    panels.insert(2, Panel("TEST by test set", lines, low=0))
+    panels.append(Panel("TEST by test set", lines, low=0))
     return [asdict(panel) for panel in _present(panels, [{"metrics": table, "tests": tests}])]
 
 
@@ -168,9 +169,10 @@ def compare_panels(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
 
     def panel(title: str, line: Line, **options: Any) -> Panel:
-        lines = (
-            Line(line.key, run["label"], i % 8, line.style, line.table, line.error, i) for i, run in enumerate(runs)
-        )
+        lines = []
+        for i, run in enumerate(runs):
+            colour, again = RUN_COLOURS[i % 8], " dashed" if i >= 8 else ""
+            lines.append(Line(line.key, run["label"], colour, line.style + again, line.table, line.error, i))
         return Panel(title, tuple(lines), **options)
 
     panels = [

@@ -13,7 +13,7 @@ from yaml import YAMLError
 
 from open_r1_capo.report.facts import tiles, time_breakdown, worst_steps
 from open_r1_capo.report.page import LIMIT, embed, fit_metrics, notes_html, render, table_html, text
-from open_r1_capo.report.panels import AXES, metric_columns, run_panels, test_columns
+from open_r1_capo.report.panels import AXES, RUN_COLOURS, metric_columns, run_panels, test_columns
 from open_r1_capo.report.records import fit, read_records
 from open_r1_capo.report.summary import summarise
 from open_r1_capo.run_folder import RunFolder, write_atomically
@@ -32,7 +32,8 @@ def write_report(folder: RunFolder, settings: dict[str, Any], summary: dict[str,
         summary: from `summarise`; None for a run that has not ended.
     """
     metrics, tests = metric_columns(folder.read_metrics()), folder.read_evaluations()
-    status = "" if summary is not None else unfinished(folder, settings, metrics)
+    status = unfinished(folder, settings, metrics) if summary is None else ""
+    status += " The same command goes on with it; make report draws it again." if status else ""
     if summary is None:
         rows = folder.read_metrics()
         spent = sum(v for v in metrics.get("time/total", ()) if v)
@@ -54,7 +55,8 @@ def write_report(folder: RunFolder, settings: dict[str, Any], summary: dict[str,
         "settings": f"<pre>{html.escape(settings_text(folder, settings))}</pre>",
         "settings_title": "Settings",
     }
-    data = {"runs": [run], "panels": panels, "axes": AXES, "bounds": bounds(settings), "records": []}
+    data = {"runs": [run], "panels": panels, "axes": AXES, "runColours": RUN_COLOURS}
+    data |= {"bounds": bounds(settings), "records": []}
     room = LIMIT - len(render("", sections, data).encode()) - 10_000
     # escaping makes a text longer than its JSON, by as much as five bytes a character: try again with less
     for share in (1.0, 0.8, 0.5, 0.2, 0.0):
@@ -108,10 +110,7 @@ def unfinished(folder: RunFolder, settings: dict[str, Any], metrics: dict[str, l
     planned = settings.get("max_steps")
     steps = f"step {metrics['step'][-1]:,}" + (f" of {planned:,}" if isinstance(planned, int) and planned > 0 else "")
     minutes = (time.time() - folder.metrics.stat().st_mtime) / 60
-    return (
-        f"This run has not ended: it was at {steps}, written {max(0, minutes):.0f} minutes before this page. The same "
-        "command goes on with it; make report draws it again."
-    )
+    return f"This run has not ended: it was at {steps}, written {max(0, minutes):.0f} min before this page."
 
 
 def bounds(settings: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +145,7 @@ def tokens_missing(records: list[dict[str, Any]], settings: dict[str, Any]) -> l
     """Why there is nothing to show of the tokens, if there is nothing."""
     if records:
         return []
-    if (settings.get("capo") or {}).get("mode") == "off":
+    if (settings.get("capo") or {}).get("mode") in ("off", False):  # YAML's off
         return ["No token was looked at: capo.mode is off (observe looks and changes nothing)."]
     return ["The run kept no token records (token_records=notable keeps those of a few steps)."]
 

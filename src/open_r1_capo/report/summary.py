@@ -43,7 +43,7 @@ def summarise(
         "accuracy_after": after,
         "training_seconds": round(seconds, 1),
     }
-    measured = {row["step"]: row["accuracy"] for row in rows if "accuracy" in row}
+    measured = {row["step"]: row["accuracy"] for row in rows if row.get("accuracy") is not None}
     if measured:
         best = max(measured, key=measured.get)
         summary |= {"accuracy_best": measured[best], "accuracy_best_step": best}
