@@ -5,13 +5,14 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 from trl.rewards import accuracy_reward
 
 from open_r1_capo.configs import ConfigError, build
 from open_r1_capo.grpo import load_dataset
 from open_r1_capo.lab import task
 from open_r1_capo.lab.policy import base_policy
-from open_r1_capo.lab.pretrain import LabSettings, _batch
+from open_r1_capo.lab.pretrain import LabSettings, _batch, _loss, _weights, build_model
 from open_r1_capo.lab.tokenizer import build_tokenizer, vocabulary
 from open_r1_capo.recipes import RECIPES, compose_recipe
 
@@ -73,7 +74,7 @@ def test_without_its_filler_a_text_is_one_of_the_lab():
     worked = task.worked_solution((3, 5, 7), rng, filler=FILLED.filler)
     found, left = split_words(worked, words)
     assert left == task.worked_solution((3, 5, 7)).replace(" ", "")
-    assert 3 * 2 <= len(found) <= 3 * 8
+    assert len(found) == 3 * 5
     assert worked.startswith(tuple(words))
     for text in (task.direct_answer((3, 5), rng, 1.0, FILLED.filler), task.ramble(rng, FILLED.filler)):
         assert text.startswith(tuple(words))
@@ -107,6 +108,27 @@ def test_filler_grows_in_the_first_steps_and_texts_stay_within_the_length():
     assert replace(settings, filler_ramp=0.0).mixture_at(1) == settings.mixture
     ids, labels = _batch(random.Random(0), settings, build_tokenizer(64, FILLED.filler_tokens), 10)
     assert ids.shape == labels.shape == (64, 64)
+
+
+def test_the_loss_is_the_weighted_mean():
+    settings = LabSettings(hidden_size=64, layers=1, heads=2, batch_size=4, filler_weight=0.25, mixture=FILLED)
+    tokenizer = build_tokenizer(256, FILLED.filler_tokens)
+    model = build_model(settings, tokenizer, 0).double()
+    ids, labels = _batch(random.Random(1), settings, tokenizer, settings.steps)
+    logp = model(ids).logits[:, :-1].log_softmax(-1)
+    total = weight = 0.0
+    for row, targets in enumerate(labels[:, 1:]):
+        for position, token in enumerate(targets.tolist()):
+            if token != -100:
+                w = 0.25 if token >= 405 else 1.0
+                total, weight = total - w * logp[row, position, token].item(), weight + w
+    assert weight % 1 > 0  # there are words among them
+    found = _loss(model, ids, labels, _weights(settings, tokenizer).double())
+    assert found.item() == pytest.approx(total / weight, rel=1e-12)
+    assert _weights(LabSettings(), tokenizer) is None
+    torch.testing.assert_close(
+        _loss(model, ids, labels, None), _loss(model, ids, labels, torch.ones(len(tokenizer)).double())
+    )
 
 
 def test_a_policy_with_filler_knows_the_words(tmp_path):
@@ -146,6 +168,7 @@ def test_scales_of_the_lab():
         ("lab.max_length=8", "lab.max_length must be at least 64"),
         ("lab.head_balance=0", "lab.head_balance must be greater than 0"),
         ("lab.filler_ramp=2", "lab.filler_ramp is a share"),
+        ("lab.filler_weight=-1", "lab.filler_weight is a share"),
         ("lab.mixture.filler_words=-1", "lab.mixture.filler_words must be at least 0"),
         ("lab.mixture.filler_vocabulary=5000", "lab.mixture.filler_vocabulary must be from 1 to 4900"),
         ("lab.mixture.filler_exponent=-1", "lab.mixture.filler_exponent must be from 0 to 10"),

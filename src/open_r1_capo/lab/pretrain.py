@@ -41,6 +41,8 @@ class LabSettings:
         threads: CPU threads; part of the settings because sums of floats depend on it.
         filler_ramp: Share of the steps in which filler grows from none to `mixture.filler_words`: sums are learnt
             from short texts first, which is quicker and surer.
+        filler_weight: Weight of a filler word in the loss of pretraining, where any other token has 1: words without
+            rule are most of a text, and soon as well known as they can be.
         mixture: Shares of the styles of completions, and their filler.
     """
 
@@ -56,6 +58,7 @@ class LabSettings:
     learning_rate: float = 3e-3
     threads: int = 1
     filler_ramp: float = 0.5
+    filler_weight: float = 0.1
     mixture: Mixture = field(default_factory=Mixture)
 
     def __post_init__(self):
@@ -77,8 +80,9 @@ class LabSettings:
         for name in ("head_balance", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be greater than 0 and finite, got {getattr(self, name)}")
-        if not 0 <= self.filler_ramp <= 1:
-            raise ValueError(f"filler_ramp is a share between 0 and 1, got {self.filler_ramp}")
+        for name in ("filler_ramp", "filler_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
 
     def mixture_at(self, step: int) -> Mixture:
         """Give the mixture of one pretraining step.
@@ -173,12 +177,24 @@ def _batch(
     return torch.tensor(ids), torch.tensor(labels)
 
 
-def _loss(model: Qwen2ForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over the labelled tokens; only their positions go through the head."""
+def _loss(
+    model: Qwen2ForCausalLM, ids: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """Mean cross-entropy over the labelled tokens, weighted by id (vocabulary,); only they go through the head."""
     # Padding on the right needs no attention mask: a causal model never looks there.
     hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
     wanted = labels[:, 1:] != IGNORE
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]), labels[:, 1:][wanted])
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]), labels[:, 1:][wanted], weights)
+
+
+def _weights(settings: LabSettings, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
+    """The loss's weight of each id, shape (vocabulary,), or None where all are the same."""
+    filler = tokenizer.convert_tokens_to_ids(settings.mixture.filler_tokens)
+    if not filler:
+        return None
+    weights = torch.ones(len(tokenizer))
+    weights[filler] = settings.filler_weight
+    return weights
 
 
 def _report(step: int, steps: int, loss: torch.Tensor, started: float) -> None:
@@ -216,11 +232,11 @@ def pretrain(settings: LabSettings, tokenizer: PreTrainedTokenizerBase, seed: in
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: min((t + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * t / settings.steps))
     )
-    started = time.monotonic()
+    started, weights = time.monotonic(), _weights(settings, tokenizer)
     with _threads(settings.threads), torch.enable_grad():
         model.train()
         for step in range(1, settings.steps + 1):
-            loss = _loss(model, *_batch(rng, settings, tokenizer, step))
+            loss = _loss(model, *_batch(rng, settings, tokenizer, step), weights)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -191,10 +191,10 @@ def no_filler(rng: random.Random) -> str:
 
 
 def zipf_filler(mean: float, size: int, exponent: float) -> Filler:
-    """Make a source of filler: independent words of Zipf frequency, half to one and a half times the mean number.
+    """Make a source of filler: independent words of Zipf frequency, always the same number of them.
 
     Args:
-        mean: Mean number of words a call; 0 gives `no_filler`.
+        mean: Number of words a call, rounded up or down at random so that the mean holds; 0 gives `no_filler`.
         size: Number of different words.
         exponent: The r-th most frequent word has a frequency proportional to r^-exponent.
 
@@ -206,9 +206,9 @@ def zipf_filler(mean: float, size: int, exponent: float) -> Filler:
     words, weights = _zipf(size, exponent)
 
     def draw(rng: random.Random) -> str:
-        # Rounded up or down at random, so that the mean holds; the narrow range keeps few completions from their end.
-        n = int(mean * rng.uniform(0.5, 1.5) + rng.random())
-        return "".join(rng.choices(words, cum_weights=weights, k=n))
+        # Not a random number of words: two layers find the next term by its distance, and learn sums across gaps of
+        # any length far too slowly.
+        return "".join(rng.choices(words, cum_weights=weights, k=int(mean + rng.random())))
 
     return draw
 
@@ -294,7 +294,7 @@ class Mixture:
         slip: Probability of a slip at one running sum.
         shortcut: Probability that a step adds two terms at once, which the policy does badly.
         right: Probability that a direct answer is right.
-        filler_words: Mean number of filler words before each part of a completion: a running sum, an opening, a
+        filler_words: Number of filler words before each part of a completion: a running sum, an opening, a
             sentence, the answer. A worked solution of the base variant has about four parts.
         filler_vocabulary: Number of different filler words; without filler none is in the tokenizer.
         filler_exponent: The r-th most frequent one has a frequency proportional to r^-exponent.
