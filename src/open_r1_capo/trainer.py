@@ -31,17 +31,11 @@ from trl import GRPOTrainer
 
 from open_r1_capo import checkpoint
 from open_r1_capo.capo import AdamStep, SGDStep, TokenBatch, objective_shift, policy_shift
-from open_r1_capo.capo.curvature import predicted_kl, sgd_shifts, support_kl
+from open_r1_capo.capo.curvature import predicted_kl, sgd_shifts
 from open_r1_capo.capo.planning import AdaptedRate, NormGuard, StepBudget
 from open_r1_capo.capo_config import CAPOConfig
-from open_r1_capo.features import (
-    captured_hidden_states,
-    check_head,
-    completion_hidden_states,
-    policy_support,
-    predicting,
-    support_log_probs,
-)
+from open_r1_capo.features import captured_hidden_states, check_head, policy_support, predicting
+from open_r1_capo.measure import measure, metrics
 from open_r1_capo.update import Part, draw, gather_selection, gradient_scale, select, subsets, sum_rows
 
 
@@ -226,34 +220,13 @@ class CAPOTrainer(GRPOTrainer):
             group["lr"] = lr
         if self.capo.measure_kl > 0:
             with self._clock("measure"):
-                measured = self._measured_kl()
-            self.record({"capo/measured_kl": measured})
+                share, autocast = self.capo.measure_kl, self.accelerator.autocast
+                found = [measure(self._policy, part, share, self.temperature, autocast) for part in self._parts]
+                logs = metrics(self.accelerator, self._parts, found)
+            self.record({f"capo/{name}": value for name, value in logs.items()})
             if self._learns and not self._skipped:
-                self.budget.calibrate(measured, self._planned_kl)
+                self.budget.calibrate(logs["measured_kl"], self._planned_kl)
         self._parts.clear()
-
-    def _measured_kl(self) -> float:
-        """Measure the update on its own tokens, or on a share of each micro-batch's sequences.
-
-        TRL has shuffled the sequences, so the first ones are a random part.
-
-        Returns:
-            The mean KL(π_old ‖ π_new) over all ranks, in nats.
-        """
-        totals = torch.zeros(2, dtype=torch.float64)
-        for part in self._parts:
-            chosen = torch.zeros_like(part.mask)
-            chosen[: max(1, round(self.capo.measure_kl * len(part.mask)))] = True
-            chosen &= part.mask
-            tokens = part.tokens.select(chosen[part.mask])
-            with self.accelerator.autocast():
-                hidden = completion_hidden_states(self._policy, part.input_ids, part.attention_mask, chosen)
-            new = support_log_probs(self._policy, hidden, tokens.token_ids, self.temperature)
-            kl = support_kl(tokens, part.log_mass[chosen[part.mask]], new)
-            finite = kl.isfinite()
-            totals += torch.stack([kl[finite].sum(), finite.sum().double()]).cpu()
-        kl, count = self._sum_ranks(totals).tolist()
-        return kl / max(1, count)
 
     # --- rewards, counters, logs -------------------------------------------------------------------------------------
 

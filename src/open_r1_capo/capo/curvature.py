@@ -97,6 +97,22 @@ def support_kl(batch: TokenBatch, log_mass: Tensor, new_log_probs: Tensor) -> Te
     return (inside + outside).clamp(min=0)
 
 
+def objective_change(batch: TokenBatch, log_mass: Tensor, new_log_probs: Tensor) -> Tensor:
+    """The measured change of the surrogate objective, A (π_new(a) / π(a) - 1): what m_H predicts.
+
+    Args:
+        batch: N tokens with the policy before the step.
+        log_mass: (N,), log of the old policy's probability of the support.
+        new_log_probs: (N, K), the new policy's log-probabilities at `batch.token_ids`, over the full vocabulary.
+
+    Returns:
+        (N,) float64, in units of the advantage.
+    """
+    action = batch.action_index[:, None]
+    old = batch.probs.double().gather(1, action)[:, 0].log() + log_mass.double().clamp(max=0)
+    return batch.advantages.double() * torch.expm1(new_log_probs.double().gather(1, action)[:, 0] - old)
+
+
 def subset_mean(batch: TokenBatch, values: Tensor, granularity: str) -> Tensor:
     """(N,), the mean of `values` (N,) over each token's subset, handed back to every token of it."""
     if granularity == "token":
