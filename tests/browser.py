@@ -96,8 +96,8 @@ class Browser:
         return time.monotonic() - start
 
     def js(self, expression: str):
-        """The value of a JavaScript expression."""
-        result = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        """The value of a JavaScript expression, or of what it promises."""
+        result = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
