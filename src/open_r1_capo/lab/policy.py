@@ -106,11 +106,11 @@ def _make(folder: Path, settings: LabSettings, seed: int) -> None:
     try:
         made = scratch / "policy"
         tok = tokenizer.build_tokenizer(settings.max_length, settings.mixture.filler_tokens)
-        started = time.monotonic()
+        started = time.process_time()
         pretrain.pretrain(settings, tok, seed).save_pretrained(made)
         tok.save_pretrained(made)
-        facts = {"seed": seed, "settings": dataclasses.asdict(settings), "seconds": round(time.monotonic() - started)}
-        record = facts | {"files": _digests(made)}
+        facts = {"seed": seed, "settings": dataclasses.asdict(settings), "files": _digests(made)}
+        record = facts | {"processor_seconds": round(time.process_time() - started)}
         (made / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if folder.exists() and not is_sound(folder):
             print(f"lab policy: {folder} is damaged, replacing it", file=sys.stderr, flush=True)
