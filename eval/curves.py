@@ -81,6 +81,13 @@ class Line:
     arm: Arm
     runs: list[Run]
 
+    def setting(self, key: str) -> float | None:
+        """The number that the arm's overrides give a setting, or None."""
+        try:
+            return self.arm.value(key)
+        except KeyError:
+            return None
+
 
 @dataclass
 class Data:

@@ -40,7 +40,8 @@ STYLES = {
     "capo_scale_aggressive": (SKY, MIX),
     "grpo_planned": (GREEN, MIX),
 }
-CYCLE = [(c, d) for d in (None, DASH, DOT, MIX) for c in (BLUE, RED, GREEN, ORANGE, PINK, SKY, BLACK)]
+COLOURS = (BLUE, RED, GREEN, ORANGE, PINK, SKY, BLACK)
+CYCLE = [(colour, dashes) for dashes in (None, DASH, DOT, MIX) for colour in COLOURS]
 RC = {
     "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
     "legend.fontsize": 8.5, "legend.frameon": False, "legend.handlelength": 3.0, "axes.titlelocation": "left",
@@ -97,10 +98,13 @@ def look(lines: Sequence[Line]) -> list[dict[str, Any]]:
     Returns:
         For each line, keyword arguments of `Axes.plot`.
     """
-    recipes = [line.arm.recipe for line in lines]
-    known = len(set(recipes)) == len(recipes) and set(recipes) <= STYLES.keys()
-    pairs = [STYLES[recipe] for recipe in recipes] if known else [CYCLE[i % len(CYCLE)] for i in range(len(lines))]
-    return [{"color": colour, "ls": (0, dashes) if dashes else "-"} for colour, dashes in pairs]
+    recipes = {line.arm.label: line.arm.recipe for line in lines}  # the arms of a grid share label and looks
+    known = len(set(recipes.values())) == len(recipes) and set(recipes.values()) <= STYLES.keys()
+    pairs = {
+        label: STYLES[recipe] if known else CYCLE[i % len(CYCLE)] for i, (label, recipe) in enumerate(recipes.items())
+    }
+    chosen = (pairs[line.arm.label] for line in lines)
+    return [{"color": colour, "ls": (0, dashes) if dashes else "-"} for colour, dashes in chosen]
 
 
 def curve(line: Line, panel: Panel, smooth: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -166,13 +170,15 @@ def scale_axes(axis: Axes, panel: Panel, drawn: Sequence[Mapping[str, Any]]) -> 
         panel: its vertical scale.
         drawn: from `draw_panel`.
     """
-    places = [arm["x"] for arm in drawn if len(arm["x"])]
+    places, first = [arm["x"] for arm in drawn if len(arm["x"])], 0
     if places and max(x[-1] for x in places) > 2.5 * min(x[-1] for x in places):  # else short arms are squeezed
-        positive = np.concatenate(places)
-        before = positive.min() == 0  # the base policy's TEST
-        threshold = {"linthresh": positive[positive > 0].min(), "linscale": 0.4} if before else {}
-        axis.set_xscale("symlog" if before else "log", **threshold)
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}")
+        x = np.concatenate(places)
+        if x.min() > 0:
+            axis.set_xscale("log")
+        else:  # the base policy's TEST, at 0
+            first = x[x > 0].min()
+            axis.set_xscale("symlog", linthresh=first, linscale=0.4)
+    axis.xaxis.set_major_formatter(lambda x, _: "" if 0 < x < first else f"{x / 1000:g}k" if x >= 1000 else f"{x:g}")
     axis.xaxis.set_minor_formatter("")
     values = np.abs(np.concatenate([arm["mean"] for arm in drawn])) if drawn else np.zeros(0)
     values = values[values > 0]
@@ -255,6 +261,11 @@ def finish(figure: Figure, data: Data, text: str) -> None:
     longest = max(map(len, order), default=1)
     columns = max(1, min(len(order), int(width / (0.075 * longest + 0.62))))
     figure.legend([found[label] for label in order], order, loc="outside upper left", ncols=columns)
+    caption(figure, text)
+
+
+def caption(figure: Figure, text: str) -> None:
+    """Put a sentence below a figure, small."""
     figure.supxlabel(text, fontsize=7, color="#444444", x=0.01, ha="left", wrap=True)
 
 

@@ -8,28 +8,23 @@ python eval/figures.py outputs/*/lab/seed*                # any runs against eac
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
-
 import curves
+import ours
 import published
-import stats
 import tables
 from curves import TEST, Data, FigureError, Line
-from drawing import RC, Panel, Result, draw, finish, heading, look, save
+from drawing import Panel, Result, draw, save
 from open_r1_capo import experiments
 from open_r1_capo.experiments import Experiment, ExperimentError
 from overview import against_each_other
 
 ACCURACY = Panel("reward", "in-training accuracy", published=published.MATH)
 ON_TEST = Panel(TEST, "TEST accuracy (mean of eight)", published=published.TEST)
-POINTS = 300  # of a scatter, an arm
 
 
 def fig1(data: Data, smooth: float) -> Result:
@@ -82,7 +77,7 @@ def fig6(data: Data, smooth: float) -> Result:
 
 def fig7(data: Data, smooth: float) -> Result:
     """Figure 7: PPO clipping, a panel for each number of iterations; an arm that sets none is in all."""
-    numbers = sorted({setting(line, "num_iterations") for line in data.lines} - {None})
+    numbers = sorted({line.setting("num_iterations") for line in data.lines} - {None})
     panels = [
         Panel("reward", f"in-training accuracy, {n:g} iterations a batch", shows=lambda line, n=n: belongs(line, n))
         for n in numbers
@@ -108,99 +103,9 @@ def fig10(data: Data, smooth: float) -> Result:
     return draw(data, panels, len(panels), smooth)
 
 
-def stability(data: Data, smooth: float) -> Result:
-    """Ours: last in-training accuracy against the learning rate; a ring marks the largest rate that all seeds survive.
-
-    Args:
-        data: arms that share a label and override learning_rate.
-        smooth: not used.
-
-    Returns:
-        The figure, and its table.
-
-    Raises:
-        FigureError: an arm without a learning rate.
-    """
-    base = stats.base_accuracy([run.rewards for line in data.lines for run in line.runs])
-    methods: dict[str, dict[float, Line]] = {}
-    for line in data.lines:
-        rate = setting(line, "learning_rate")
-        if rate is None:
-            raise FigureError(f"the arm {line.arm.label!r} sets no learning_rate, which is the horizontal axis")
-        methods.setdefault(line.arm.label, {})[rate] = line
-    numbers, rows = {}, []
-    with plt.rc_context(RC):
-        figure, axis = plt.subplots(figsize=(5.6, 3.9))
-        styles = look([next(iter(rates.values())) for rates in methods.values()])
-        for (label, rates), style in zip(methods.items(), styles, strict=True):
-            found = {rate: tables.outcome(rates[rate], base) for rate in sorted(rates)}
-            kept, usable = (
-                [rate for rate, one in found.items() if one[verdict] == len(data.experiment.seeds)]
-                for verdict in ("survived", "usable")
-            )
-            largest = {"largest_survived": max(kept, default=None), "largest_usable": max(usable, default=None)}
-            numbers[label] = {"rates": found} | largest
-            means = [np.mean(one["last"]) for one in found.values()]
-            errors = [
-                np.std(one["last"], ddof=1) / math.sqrt(one["n"]) if one["n"] > 1 else 0 for one in found.values()
-            ]
-            axis.errorbar(list(found), means, errors, label=label, marker="o", ms=3.5, capsize=2, **style)
-            if kept:
-                ring = {"ms": 11, "mfc": "none", "mec": style["color"], "mew": 1.4}
-                axis.plot(max(kept), means[list(found).index(max(kept))], "o", ls="none", **ring)
-            cells = [f"{rate:g}: {tables.spread(one['last'], '.2f')}" for rate, one in found.items()]
-            rows.append([label, *(f"{v:g}" if v else "none" for v in largest.values()), "; ".join(cells)])
-        axis.axhline(base, color="#666666", lw=1, ls=":", label="base policy")
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda x, _: f"{x:.2g}")
-        axis.set(xlabel="learning rate (peak)", ylim=(0, None))
-        axis.set_title("last in-training accuracy")
-        finish(figure, data, f"{note_of(data)}; bars: ± standard error; ring: largest rate that every seed survives")
-    header = ["method", "largest rate survived", "largest rate usable", "last accuracy by rate"]
-    notes = f"Mean ± standard error over seeds. {tables.RULES} {data.seeds}."
-    table = tables.markdown(data.experiment.title, header, rows, notes)
-    return Result(heading(data) | {"base": base, "methods": numbers}, figure, table)
-
-
-def calibration(data: Data, smooth: float) -> Result:
-    """Ours: what the model predicts against what is measured, a point a step, with the diagonal."""
-    numbers, table = tables.calibration(data)
-    with plt.rc_context(RC):
-        figure, axes = plt.subplots(1, len(tables.PAIRS), figsize=(10.2, 3.9))
-        for axis, (title, (predicted, measured, exponent)) in zip(axes, tables.PAIRS.items(), strict=True):
-            for line, style in zip(data.lines, look(data.lines), strict=True):
-                both = np.concatenate([tables.pairs(run, predicted, measured, exponent) for run in line.runs])
-                both = both[(both > 0).all(1)]
-                x, y = both[:: math.ceil(len(both) / POINTS) or 1].T
-                dots = {"ms": 2.6, "alpha": 0.5, "mew": 0, "rasterized": True}
-                axis.plot(x, y, "o", color=style["color"], label=line.arm.label, **dots)
-            axis.set(xscale="log", yscale="log", xlabel="predicted", title=title.replace("→", "against the"))
-            low, high = axis.dataLim.intervalx
-            if low < high < math.inf:
-                axis.plot([low, high], [low, high], color="#666666", lw=1, ls="--", label="predicted = measured")
-        axes[0].set_ylabel("measured")
-        finish(
-            figure, data, f"{note_of(data)}; one point a step that was taken (at most {POINTS} an arm), both positive"
-        )
-    return Result(heading(data) | {"arms": numbers}, figure, table)
-
-
-def setting(line: Line, key: str) -> float | None:
-    """The number that an arm's overrides give a setting, or None."""
-    try:
-        return line.arm.value(key)
-    except KeyError:
-        return None
-
-
 def belongs(line: Line, iterations: float) -> bool:
     """Whether an arm has this num_iterations, or sets none."""
-    return setting(line, "num_iterations") in (None, iterations)
-
-
-def note_of(data: Data) -> str:
-    """The sentence below a figure that is no panel of lines: scale and seeds."""
-    return f"{data.experiment.scale}; {data.seeds}"
+    return line.setting("num_iterations") in (None, iterations)
 
 
 def with_test(data: Data, panels: list[Panel]) -> list[Panel]:
@@ -254,9 +159,9 @@ FIGURES = {
     "fig10": Entry(fig10, (TEST,)),
     "table1": Entry(tables.table1, tuple(tables.SECONDS)),
     "table5": Entry(tables.table5, (*TABLE5, *tables.SCALE_KEYS), PAIR),
-    "stability": Entry(stability, shared=False),
-    "stability_grid": Entry(stability, shared=False),
-    "calibration": Entry(calibration, (*tables.CALIBRATION_KEYS, *tables.SCALE_KEYS)),
+    "stability": Entry(ours.stability, shared=False),
+    "stability_grid": Entry(ours.stability, shared=False),
+    "calibration": Entry(ours.calibration, (*tables.CALIBRATION_KEYS, *tables.SCALE_KEYS)),
     "efficiency": Entry(tables.efficiency, (TEST,)),
     "transfer": Entry(tables.transfer, (TEST,), shared=False),
 }

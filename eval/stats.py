@@ -51,7 +51,9 @@ def mean_and_error(series: Sequence[Mapping[int, float]]) -> tuple[np.ndarray, n
     """
     known = [{step for step, value in one.items() if not np.isnan(value)} for one in series]
     steps = np.array(sorted(set.intersection(*known)) if known else [], dtype=np.int64)
-    table = np.array([[one[step] for step in steps.tolist()] for one in series], dtype=float).reshape(-1, len(steps))
+    table = np.array([[one[step] for step in steps.tolist()] for one in series], dtype=float).reshape(
+        len(series), len(steps)
+    )
     if len(table) < 2:
         return steps, table.sum(0), np.full(len(steps), np.nan)
     return steps, table.mean(0), table.std(0, ddof=1) / np.sqrt(len(table))
@@ -146,21 +148,6 @@ def base_accuracy(runs: Sequence[Sequence[float]]) -> float:
 def fell(rewards: Sequence[float]) -> bool:
     """Say whether a run ends more than outcomes.MARGIN below its best window, wherever that is."""
     return not outcomes.survived(rewards)
-
-
-def usable(rewards: Sequence[float], base: float) -> bool:
-    """Say whether a run has survived its learning rate and does not end below the base policy.
-
-    Without the second part a rate survives that has ruined the first window already: it has nothing to fall from.
-
-    Args:
-        rewards: of the run.
-        base: `base_accuracy`.
-
-    Returns:
-        The verdict.
-    """
-    return outcomes.survived(rewards) and outcomes.last_accuracy(rewards) >= base
 
 
 def cost_to(target: float, rewards: Sequence[float], cost: Sequence[float]) -> float:

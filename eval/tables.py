@@ -128,7 +128,7 @@ def estimate(seeds: Sequence[np.ndarray], statistic: Callable[[Sequence[np.ndarr
     seeds = [rows for rows in seeds if len(rows)]
     if not seeds:
         return dict.fromkeys(("value", "low", "high"), float("nan"))
-    low, high = stats.bootstrap(seeds, statistic, steps=True)
+    low, high = stats.bootstrap(seeds, statistic, steps=True, draws=400)  # a second each arm with 1000
     return {"value": statistic(seeds), "low": low, "high": high}
 
 
@@ -248,7 +248,7 @@ def outcome(line: Line, base: float) -> dict[str, Any]:
         "collapsed": sum(outcomes.collapsed(one, base) for one in rewards),
         "fell": sum(stats.fell(one) for one in rewards),
         "survived": sum(map(outcomes.survived, rewards)),
-        "usable": sum(stats.usable(one, base) for one in rewards),
+        "usable": sum(outcomes.usable(one, base) for one in rewards),
         "test": [float(run.tests[-1][TEST]) for run in line.runs if run.tests],
     }
 
@@ -309,6 +309,47 @@ def efficiency(data: Data, smooth: float = 0.0) -> Result:
     )
     table = markdown(data.experiment.title, header, rows, notes)
     return Result(heading(data) | {"target": target, "base": base, "arms": numbers}, table=table)
+
+
+def stability(data: Data) -> tuple[dict[str, list[Line]], dict[str, Any], str]:
+    """Find what each method survives on its grid of learning rates.
+
+    Args:
+        data: arms that share a label and override learning_rate.
+
+    Returns:
+        The lines of each method, in the order of their rates; the numbers by method; Markdown.
+
+    Raises:
+        FigureError: an arm without a learning rate.
+    """
+    base = stats.base_accuracy([run.rewards for line in data.lines for run in line.runs])
+    methods: dict[str, list[Line]] = {}
+    for line in data.lines:
+        if line.setting("learning_rate") is None:
+            raise FigureError(f"the arm {line.arm.label!r} sets no learning_rate, which is the horizontal axis")
+        methods.setdefault(line.arm.label, []).append(line)
+    numbers, rows, all_of = {}, [], len(data.experiment.seeds)
+    for label, lines in methods.items():
+        lines.sort(key=lambda line: line.setting("learning_rate"))
+        found = {line.setting("learning_rate"): outcome(line, base) for line in lines}
+        largest = {
+            f"largest_{verdict}": max((rate for rate, one in found.items() if one[verdict] == all_of), default=None)
+            for verdict in ("survived", "usable")
+        }
+        numbers[label] = {"rates": found} | largest
+        cells = [
+            f"{rate:g}: {spread(one['last'], '.2f')} ({one['usable']}/{one['n']})" for rate, one in found.items()
+        ]
+        rows.append([label, *(f"{rate:g}" if rate else "none" for rate in largest.values()), "; ".join(cells)])
+    header = [
+        "method",
+        "largest rate survived",
+        "largest rate usable",
+        "rate: last accuracy (usable seeds / n)",
+    ]
+    notes = f"Mean ± standard error over seeds; by all of {all_of} seeds. {RULES} The base accuracy is {base:.3f}."
+    return methods, {"base": base, "methods": numbers}, markdown(data.experiment.title, header, rows, notes)
 
 
 def transfer(scales: Sequence[Data], smooth: float = 0.0) -> Result:
