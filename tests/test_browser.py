@@ -1,6 +1,8 @@
 """The pages in a real browser: they open, ask for nothing, log nothing, and answer the pointer and the keys."""
 
 import json
+import re
+import statistics
 
 import pytest
 
@@ -136,6 +138,27 @@ def test_the_colouring_is_switched(page):
     assert "m_H" in page.js("document.getElementById('ramp').innerText")
     page.js("document.querySelector('[name=colour][value=policy_shift]').click()")
     assert page.js(COLOUR) == policy
+
+
+def rank_correlation(x, y):
+    def ranks(values):
+        return [sum(w < v for w in values) + (sum(w == v for w in values) - 1) / 2 for v in values]
+
+    return statistics.correlation(ranks(x), ranks(y))
+
+
+def test_shifts_against_the_true_kl(page):
+    page.js("document.getElementById('tokens-39').click()")
+    completions = pages.make_record(39, completions=40)["completions"]
+    shifts, kl = ([v for c in completions for v in c[key]] for key in ("policy_shift", "kl"))
+    words = page.js("document.querySelector('.scatter .facts').innerText")
+    found = re.search(r"true KL: ([\d.]+) over 800 tokens", words)
+    assert float(found.group(1)) == pytest.approx(rank_correlation(shifts, kl), abs=1e-4)
+    share = sum(v for shift, v in zip(shifts, kl, strict=True) if shift == 1.7) / sum(kl)
+    assert float(re.search(r"carry ([\d.]+) %", words).group(1)) == pytest.approx(100 * share, rel=1e-2)
+    x, y = page.centre(".scatter .dots.out")
+    page.mouse(x, y, "mousePressed", "mouseReleased")
+    assert page.js("document.activeElement.classList.contains('rejected')")
 
 
 def test_completions_are_filtered_and_continued(page):

@@ -38,12 +38,13 @@ class Microscope {
     this.onlyRejected = false;
     records.forEach((record) => record.completions.forEach(digest));
     this.tip = new Tip();
+    this.scatter = new Scatter(this.tip, (completion, i) => this.find(completion, i));
     this.makeControls();
     this.legend = element("div", { class: "ramp", id: "ramp" });
     this.head = element("p", { class: "facts" });
     this.list = element("div", { class: "completions" });
     this.more = element("button", { type: "button", onclick: () => this.drawMore() });
-    root.append(this.tabs, this.head, this.controls, this.legend, this.list, this.more);
+    root.append(this.tabs, this.head, this.scatter.node, this.controls, this.legend, this.list, this.more);
     this.listen();
     this.open(0);
   }
@@ -77,6 +78,7 @@ class Microscope {
 
   open(index) {
     this.record = this.records[index];
+    this.tip.hide();
     [...this.tabs.children].forEach((tab, i) => tab.setAttribute("aria-pressed", String(i === index)));
     const { step, lr, taken_lr, measured_kl, completions, of } = this.record;
     const tokens = completions.reduce((sum, c) => sum + c.tokens.length, 0);
@@ -91,7 +93,22 @@ class Microscope {
       measured_kl === null ? ". " : `; measured KL ${format(measured_kl)} nats. `,
       element("a", { href: `#step-${step}` }, "Show the step in the curves"),
     );
+    this.scatter.draw(this.record, this.bounds.policy);
     this.draw();
+  }
+
+  /** Go to a token, wherever its completion is in the list. */
+  find(completion, i) {
+    let index = this.shown.indexOf(completion);
+    if (index < 0) {
+      document.getElementById("only-rejected").checked = false;
+      this.filter(false);
+      index = this.shown.indexOf(completion);
+    }
+    while (this.list.children.length <= index) this.drawMore();
+    const span = this.list.children[index].querySelectorAll(".token")[i];
+    span.scrollIntoView({ block: "center" });
+    span.focus();
   }
 
   recolour(key) {

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("format.js", "curves.js", "panel.js", "microscope.js", "page.js")
+SCRIPTS = ("format.js", "curves.js", "panel.js", "scatter.js", "microscope.js", "page.js")
+STYLES = ("style.css", "curves.css", "tokens.css")
 LIMIT = 5_000_000  # bytes of a page
 METRICS_LIMIT = 2_000_000  # bytes of the metrics within it
 
@@ -32,12 +33,14 @@ def render(title: str, sections: dict[str, str], data: dict[str, Any]) -> str:
     Returns:
         The HTML, ASCII only except for our own assets.
     """
-    script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    script, style = (
+        "\n".join((HERE / name).read_text(encoding="utf-8") for name in names) for names in (SCRIPTS, STYLES)
+    )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = {
         "title": html.escape(title),
         "policy": html.escape(f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"),
-        "style": (HERE / "style.css").read_text(encoding="utf-8"),
+        "style": style,
         "data": embed(data),
         "script": script,
         **sections,

@@ -245,7 +245,8 @@ function scale(low, high, from, to, log) {
   const [a, b] = log ? [Math.log10(low), Math.log10(high)] : [low, high];
   const at = (value) => from + (((log ? Math.log10(value) : value) - a) / (b - a)) * (to - from);
   const back = (pixel) => a + ((pixel - from) / (to - from)) * (b - a);
-  return { at, back, log, ticks: (count) => (log ? logTicks(a, b, count) : linearTicks(a, b, count)) };
+  const back10 = (pixel) => 10 ** back(pixel); // of a logarithmic scale
+  return { at, back, back10, log, ticks: (count) => (log ? logTicks(a, b, count) : linearTicks(a, b, count)) };
 }
 
 function linearTicks(low, high, count) {
