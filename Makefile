@@ -14,14 +14,14 @@ STAMP := $(VENV)/.installed
 CUDA := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 # the lab is one process on the CPU; a larger scale one process a GPU, under ZeRO-2, which keeps float32 weights for Adam
 ACCELERATE := $(BIN)/accelerate launch --config_file recipes/accelerate_configs/zero2.yaml --num_processes $(CUDA)
-LAUNCH := $(if $(or $(filter 0,$(CUDA)),$(filter lab,$(SCALE))),$(BIN)/python -m open_r1_capo.grpo,$(ACCELERATE) src/open_r1_capo/grpo.py)
+LAUNCH := $(if $(or $(filter 0,$(CUDA)),$(filter lab%,$(SCALE))),$(BIN)/python -m open_r1_capo.grpo,$(ACCELERATE) src/open_r1_capo/grpo.py)
 comma := ,
 EXTRAS := $(if $(filter 0,$(CUDA)),dev,dev$(comma)gpu)
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
-.PHONY: help install train eval test quality style figures report compare
+.PHONY: help install train experiment eval test quality style figures report compare
 
 help: ## this list
 	@echo "open-r1-capo — make <verb> [NAME=value …]"
@@ -43,6 +43,9 @@ $(STAMP): setup.py src/open_r1_capo/capo/native.c
 
 train: $(STAMP) ## train RECIPE=capo_aggressive SCALE=lab SEED=0 ARGS="learning_rate=1e-4 …" [OVERWRITE=1]
 	@$(LAUNCH) --config-name $(RECIPE) scale=$(SCALE) seed=$(SEED) $(if $(OVERWRITE),overwrite=true) $(ARGS)
+
+experiment: $(STAMP) ## NAME=fig2 SCALE=lab [SEEDS=5 ARGS=--dry-run]: the missing runs of a figure, side by side or by Slurm
+	@$(if $(filter lab%,$(SCALE)),OMP_NUM_THREADS=1 )$(BIN)/python -m open_r1_capo.sweep $(NAME) --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 test: $(STAMP) ## unit and integration tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)

@@ -19,7 +19,7 @@ import yaml
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "recipes" / "experiments"
 COMMON = "common"  # the file of settings that every run of a scale shares
 OUTPUTS = Path("outputs/experiments")
-KEYS = {"title", "extends", "seeds", "arms", "search"}
+KEYS = {"title", "extends", "only", "seeds", "arms", "search"}
 ARM_KEYS = {"label", "recipe", "overrides", "grid"}
 
 
@@ -124,12 +124,16 @@ def load(name: str, scale: str = "lab", seeds: int | None = None) -> Experiment:
     chosen = tuple(content["seeds"])
     if seeds is not None and not 1 <= seeds <= len(chosen):
         raise ExperimentError(f"{name} has the seeds {', '.join(map(str, chosen))}: SEEDS is 1 to {len(chosen)}")
+    arms = [arm for entry in content["arms"] for arm in _arms(name, entry)]
+    only = content.get("only", [arm.label for arm in arms])
+    if absent := set(only) - {arm.label for arm in arms}:
+        raise ExperimentError(f"recipes/experiments/{name}.yaml has no arm {min(absent)!r}, which 'only' names")
     common = yaml.safe_load((EXPERIMENTS / f"{COMMON}.yaml").read_text()).get(scale.partition("_")[0], {})
     return Experiment(
         name=name,
         title=content["title"],
         scale=scale,
-        arms=tuple(arm for entry in content["arms"] for arm in _arms(name, entry)),
+        arms=tuple(arm for arm in arms if arm.label in only),
         seeds=chosen[:seeds],
         common=tuple(_override(key, value) for key, value in common.items()),
         search=content.get("search"),
@@ -142,7 +146,9 @@ def _read(name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ExperimentError(f"recipes/experiments/{name}.yaml holds no settings")
     if unknown := content.keys() - KEYS:
-        raise ExperimentError(f"recipes/experiments/{name}.yaml: {min(unknown)!r} is none of {', '.join(sorted(KEYS))}")
+        raise ExperimentError(
+            f"recipes/experiments/{name}.yaml: {min(unknown)!r} is none of {', '.join(sorted(KEYS))}"
+        )
     if "extends" in content:
         content = _read(content["extends"]) | content
     if missing := {"title", "seeds", "arms"} - content.keys():

@@ -30,6 +30,11 @@ def survived(rewards: Sequence[float]) -> bool:
     return last_accuracy(rewards) >= best_accuracy(rewards) - MARGIN
 
 
+def usable(rewards: Sequence[float], base: float) -> bool:
+    """Whether a run survives and does not end below the base policy's accuracy."""
+    return survived(rewards) and last_accuracy(rewards) >= base
+
+
 def collapsed(rewards: Sequence[float], base: float) -> bool:
     """Whether a run ends below the base policy's accuracy after having been `RISE` above it."""
     return last_accuracy(rewards) < base and best_accuracy(rewards) >= base + RISE

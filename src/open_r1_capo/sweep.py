@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -29,7 +30,7 @@ from omegaconf import DictConfig
 from open_r1_capo.callbacks import duration
 from open_r1_capo.configs import ConfigError
 from open_r1_capo.experiments import Arm, Experiment, ExperimentError, known_experiments, load
-from open_r1_capo.outcomes import survived
+from open_r1_capo.outcomes import usable
 from open_r1_capo.recipes import RECIPES, compose_recipe
 from open_r1_capo.run_folder import RunFolder
 
@@ -50,8 +51,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", nargs="?", help=f"one of {', '.join(known_experiments())}")
     parser.add_argument("--scale", default="lab")
     parser.add_argument("--seeds", type=int, help="the first so many of the experiment's seeds; by default all")
-    parser.add_argument("--launcher", choices=("joblib", "submitit_slurm"), help="by default Slurm, where there is one")
-    parser.add_argument("--jobs", type=int, help="runs side by side; by default one a core, or one where GPUs are used")
+    parser.add_argument(
+        "--launcher", choices=("joblib", "submitit_slurm"), help="by default Slurm, where there is one"
+    )
+    parser.add_argument(
+        "--jobs", type=int, help="runs side by side; by default one a core, or one where GPUs are used"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the missing runs")
     parser.add_argument("hydra", nargs="*", help="settings of the launcher, such as hydra.launcher.partition=gpu")
     options = parser.parse_args(argv)
@@ -79,15 +84,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(experiment: Experiment) -> None:
-    """Compose every arm, so that a mistake in the last one is known before the first has run.
+    """Compose the arms, so that a mistake in the last one is known before the first has run.
 
     Args:
-        experiment: its arms are composed with their overrides.
+        experiment: of a grid, whose arms differ in numbers alone, the first arm is composed.
 
     Raises:
         ConfigError: an arm's recipe or override is not accepted; names the experiment.
     """
-    for arm in experiment.arms:
+    kinds = {(arm.recipe, *(item.partition("=")[0] for item in arm.overrides)): arm for arm in experiment.arms[::-1]}
+    for arm in reversed(kinds.values()):
         try:
             compose_recipe(arm.recipe, experiment.overrides(arm, experiment.seeds[0]))
         except ConfigError as error:
@@ -95,7 +101,7 @@ def check(experiment: Experiment) -> None:
 
 
 def run(experiment: Experiment, settings: Sequence[str]) -> list[Job]:
-    """Run what is missing, in rounds where the experiment searches for the largest surviving value.
+    """Run what is missing, in rounds where the experiment searches for a largest value.
 
     Args:
         experiment: to be completed.
@@ -122,7 +128,7 @@ def due(experiment: Experiment, outcome: Callable[[Job], bool | None]) -> list[J
 
     Args:
         experiment: with or without a search.
-        outcome: whether a finished run survived; None for a run that is not there.
+        outcome: whether a finished run is usable; None for a run that is not there.
 
     Returns:
         Every missing run; in a search the one run of each label that decides its next step.
@@ -161,15 +167,14 @@ def next_probe(arms: Sequence[Arm], experiment: Experiment, outcome: Callable[[J
 
 
 def _survival(experiment: Experiment) -> Callable[[Job], bool | None]:
-    """Look a finished run's survival up in its folder."""
-
-    def outcome(job: Job) -> bool | None:
-        folder = RunFolder(experiment.folder(*job))
-        if folder.finished() is None:
-            return None
-        return survived([row["reward"] for row in folder.read_metrics()]) if experiment.search else True
-
-    return outcome
+    """Look up what became of the runs: a run lives if it ends near its best and not below the base policy."""
+    folders = {job: RunFolder(experiment.folder(*job)) for job in experiment.runs()}
+    finished = {job: folder for job, folder in folders.items() if folder.finished() is not None}
+    if not experiment.search:
+        return lambda job: True if job in finished else None
+    rewards = {job: [row["reward"] for row in folder.read_metrics()] for job, folder in finished.items()}
+    base = statistics.fmean(one[0] for one in rewards.values()) if rewards else 0.0
+    return lambda job: usable(rewards[job], base) if job in rewards else None
 
 
 def missing(experiment: Experiment, jobs: Iterator[Job] | Sequence[Job]) -> list[Job]:
