@@ -156,7 +156,7 @@ def test_shifts_against_the_true_kl(page):
     assert float(found.group(1)) == pytest.approx(rank_correlation(shifts, kl), abs=1e-4)
     share = sum(v for shift, v in zip(shifts, kl, strict=True) if shift == 1.7) / sum(kl)
     assert float(re.search(r"carry ([\d.]+) %", words).group(1)) == pytest.approx(100 * share, rel=1e-2)
-    x, y = page.centre(".scatter .dots.out")
+    x, y = page.centre(".scatter .cloud.out")
     page.mouse(x, y, "mousePressed", "mouseReleased")
     assert page.js("document.activeElement.classList.contains('rejected')")
 

@@ -286,7 +286,7 @@ class Tip {
     const body = rows.map(([name, value]) => element("tr", {}, element("th", {}, name), element("td", {}, value)));
     const reasons = REASONS.filter(([bit]) => at("reason") & bit).map(([, , words]) => words);
     const title = `${JSON.stringify(completion.tokens[i])}, token ${i + 1} of ${completion.tokens.length}`;
-    const verdict = at("weight") === 0 ? "rejected" : at("weight") < 1 ? "scaled down" : "";
+    const verdict = verdictOf(at("weight"));
     this.node.replaceChildren(element("p", {}, title), element("table", {}, ...body));
     if (verdict || reasons.length) {
       this.node.append(element("p", { class: "reason" }, [verdict, reasons.join("; ")].filter(Boolean).join(": ")));
@@ -332,6 +332,11 @@ function level(value, { low, high, log }) {
   if (size <= low) return 0;
   const share = log ? Math.log(size / low) / Math.log(high / low) : size / high;
   return Math.min(1, 0.06 + 0.94 * share);
+}
+
+function verdictOf(weight) {
+  if (weight === 0) return "rejected";
+  return weight !== null && weight < 1 ? "scaled down" : "";
 }
 
 function marks(reason) {

@@ -74,7 +74,7 @@ class Scatter {
   /** All dots of a kind are one path of round caps, which is fast for any number of them. */
   dots(points, name) {
     const d = points.map((p) => `M${this.x.at(p.x).toFixed(1)},${this.y.at(p.y).toFixed(1)}h0`).join("");
-    return shape("path", { class: `dots ${name}`, d });
+    return shape("path", { class: `cloud ${name}`, d });
   }
 
   facts() {
