@@ -159,6 +159,8 @@ def draw_panel(axis: Axes, data: Data, panel: Panel, smooth: float) -> list[dict
     axis.set_title(panel.title)
     axis.set_xlabel(panel.x.replace("_", " ") if panel.x != "completions" else "training completions")
     scale_axes(axis, panel, drawn)
+    if panel.key in ("reward", TEST):
+        axis.set_ylim(bottom=0)
     return drawn
 
 
@@ -178,17 +180,23 @@ def scale_axes(axis: Axes, panel: Panel, drawn: Sequence[Mapping[str, Any]]) -> 
         else:  # the base policy's TEST, at 0
             first = x[x > 0].min()
             axis.set_xscale("symlog", linthresh=first, linscale=0.4)
-    axis.xaxis.set_major_formatter(lambda x, _: "" if 0 < x < first else f"{x / 1000:g}k" if x >= 1000 else f"{x:g}")
+    axis.xaxis.set_major_formatter(lambda x, _: "" if 0 < x < first else thousands(x))
     axis.xaxis.set_minor_formatter("")
-    values = np.abs(np.concatenate([arm["mean"] for arm in drawn])) if drawn else np.zeros(0)
-    values = values[values > 0]
+    means = np.concatenate([arm["mean"] for arm in drawn]) if drawn else np.zeros(0)
+    values = np.abs(means[means != 0])
     if panel.scale == "log" and len(values):
         axis.set_yscale("log", nonpositive="mask")
     elif panel.scale == "symlog" and len(values):
         axis.set_yscale("symlog", linthresh=10 ** math.floor(np.log10(np.quantile(values, 0.25))))
+        axis.set_ylim(bottom=0 if means.min() >= 0 else None)
     elif panel.scale == "percent":
         axis.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g} %")
         axis.set_ylim(bottom=0)
+
+
+def thousands(x: float) -> str:
+    """Write 9600 as 9.6k and 1000000 as 1M."""
+    return f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1000:g}k" if x >= 1000 else f"{x:g}"
 
 
 def draw(data: Data, panels: Sequence[Panel], columns: int, smooth: float) -> Result:
@@ -205,7 +213,9 @@ def draw(data: Data, panels: Sequence[Panel], columns: int, smooth: float) -> Re
     """
     rows = math.ceil(len(panels) / columns)
     with plt.rc_context(RC):
-        figure, axes = plt.subplots(rows, columns, figsize=(max(3.4 * columns, 4.8), 2.7 * rows + 0.8), squeeze=False)
+        size = (max(3.4 * columns, 4.8), (2.7 if columns > 1 else 3.2) * rows + 0.8)
+        same = len({panel.key for panel in panels}) == 1
+        figure, axes = plt.subplots(rows, columns, figsize=size, sharey=same, squeeze=False)
         shown = []
         for axis, panel in zip(axes.flat, panels, strict=False):
             arms = draw_panel(axis, data, panel, smooth)
@@ -238,7 +248,7 @@ def note(data: Data, panels: Sequence[Panel], smooth: float) -> str:
     text = (
         f"{data.experiment.scale}; exponential {text}" if smooth and smoothed else f"{data.experiment.scale}; {text}"
     )
-    text += f"; mean{error} over seeds, {data.seeds}"
+    text += f"; mean{error}, {data.seeds}"
     paper = data.experiment.scale == published.SCALE and any(panel.published for panel in panels)
     return text + ("; ◇ read off the paper" if paper else "")
 

@@ -71,7 +71,10 @@ def fig6(data: Data, smooth: float) -> Result:
     """Figure 6: the optimizer modelled as SGD or as Adam, a panel for each method."""
     names = {line.arm.recipe: line.arm.label.split(" (")[0].split(",")[0] for line in reversed(data.lines)}
     recipes = list(dict.fromkeys(line.arm.recipe for line in data.lines))
-    panels = [Panel("reward", names[r], shows=lambda line, r=r: line.arm.recipe == r) for r in recipes]
+    panels = [
+        Panel("reward", f"{names[r]}: in-training accuracy", shows=lambda line, r=r: line.arm.recipe == r)
+        for r in recipes
+    ]
     return draw(data, panels, min(3, len(panels)), smooth)
 
 

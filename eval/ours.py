@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 import tables
-from curves import Data
+from curves import Data, FigureError
 from drawing import COLOURS, RC, Result, caption, heading, look
 
 POINTS = 300  # of a scatter, an arm
@@ -49,8 +49,8 @@ def stability(data: Data, smooth: float) -> Result:
             axis.set(xlabel="learning rate (peak)", ylim=(0, 1))
             axis.set_title(f"{name}: last in-training accuracy")
             axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
-        text = f"{note_of(data)}; mean ± standard error, shifted sideways; ring: largest rate usable with every seed"
-        caption(figure, text)
+        text = "mean ± standard error, shifted sideways; hollow: fewer seeds; ring: largest rate usable with all"
+        caption(figure, f"{note_of(data)}; {text}")
     return Result(heading(data) | numbers, figure, table)
 
 
@@ -69,19 +69,37 @@ def rates_panel(axis: Axes, found: dict, label: str, place: tuple[int, int]) -> 
     means = [np.mean(one["last"]) for one in rates.values()]
     errors = [np.std(one["last"], ddof=1) / math.sqrt(one["n"]) if one["n"] > 1 else 0 for one in rates.values()]
     axis.errorbar(x, means, errors, label=label, marker=marker, ms=4, capsize=2, lw=1.2, color=colour)
+    most = max(one["n"] for one in rates.values())
+    few = [i for i, one in enumerate(rates.values()) if one["n"] < most]  # a search leaves a rate at the first failure
+    axis.plot(x[few], np.array(means)[few], marker, ms=4, mfc="white", mec=colour, ls="none")
     if found["largest_usable"]:
         place = list(rates).index(found["largest_usable"])
         axis.plot(x[place], means[place], "o", ms=11, mfc="none", mec=colour, mew=1.3)
 
 
 def calibration(data: Data, smooth: float) -> Result:
-    """Ours: what the model predicts against what is measured, a point a step, with the diagonal."""
+    """Ours: what the model predicts against what is measured, a point a step, with the diagonal.
+
+    Args:
+        data: runs with tables.CALIBRATION_KEYS and tables.SCALE_KEYS.
+        smooth: not used.
+
+    Returns:
+        The figure, and its table.
+
+    Raises:
+        FigureError: nothing was measured.
+    """
+    runs = [run for line in data.lines for run in line.runs]
+    shown = {k: v for k, v in tables.PAIRS.items() if any((tables.pairs(run, *v) > 0).all(1).any() for run in runs)}
+    if not shown:
+        raise FigureError("nothing was measured after the steps; train with capo.measure_kl=1")
     numbers, table = tables.calibration(data)
-    rows, columns = len(tables.PAIRS), len(data.lines)
+    rows, columns = len(shown), len(data.lines)
     with plt.rc_context(RC | {"axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7}):
         size = (max(4.8, 1.5 * columns + 0.6), 1.75 * rows + 0.4)
         figure, axes = plt.subplots(rows, columns, figsize=size, sharex="row", sharey="row", squeeze=False)
-        for row, (title, (predicted, measured, exponent)) in zip(axes, tables.PAIRS.items(), strict=True):
+        for row, (title, (predicted, measured, exponent)) in zip(axes, shown.items(), strict=True):
             symbol, target = title.split(" → ")
             for axis, line, style in zip(row, data.lines, look(data.lines), strict=True):
                 both = np.concatenate([tables.pairs(run, predicted, measured, exponent) for run in line.runs])

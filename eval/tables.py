@@ -28,6 +28,7 @@ PAIRS = {
     "m_F → KL of the last layer alone": ("capo/batch_policy_shift", "capo/measured_kl_head", 2),
     "m_H → change of the objective": ("capo/batch_objective_shift", "capo/measured_objective", 1),
 }
+NOISE = 1e-6  # nats; of a smaller measured KL, the rounding of float32 log-probabilities is a tenth and more
 CALIBRATION_KEYS = (*dict.fromkeys(key for a, b, _ in PAIRS.values() for key in (a, b)),)
 SCALE_KEYS = ("capo/step_scale", "capo/skipped_step")
 
@@ -52,7 +53,7 @@ def number(value: float, form: str = ".3f") -> str:
     """Write a number; – for one that is not known, and words for a target that is not reached."""
     if math.isnan(value):
         return "–"
-    return "not reached" if math.isinf(value) else format(value, form)
+    return "not reached" if math.isinf(value) else format(value, form).rstrip(".")
 
 
 def spread(values: Sequence[float], form: str = ".3f") -> str:
@@ -161,10 +162,10 @@ def table5(data: Data, smooth: float = 0.0) -> Result:
         "batch: over steps": ("batch", lambda run: pairs(run, batch[0], "capo/measured_kl", batch[1]), rho),
     }  # fmt: skip
     rows, numbers = [], {line.arm.label: {} for line in data.lines}
-    for label, (kind, rows_of, statistic) in kinds.items():
+    for label, (kind, oneof, statistic) in kinds.items():
         cells = [label]
         for line in data.lines:
-            found = estimate([rows_of(run) for run in line.runs], statistic)
+            found = estimate([oneof(run) for run in line.runs], statistic)
             numbers[line.arm.label][kind] = found
             paper = published.SPEARMAN.get(kind, {}).get(line.arm.recipe)
             beside = f" (paper {paper})" if paper and data.experiment.scale == published.SCALE else ""
@@ -211,7 +212,11 @@ def calibration(data: Data) -> tuple[dict[str, Any], str]:
         for label, (predicted, measured, exponent) in PAIRS.items():
             seeds = [pairs(run, predicted, measured, exponent) for run in line.runs]
             functions = {"slope": slope, "median_ratio": median_ratio, "spearman": stats.spearman}
-            found = {name: estimate(seeds, pooled(function)) for name, function in functions.items()}
+            clear = [one[one[:, 1] > NOISE] for one in seeds] if "KL" in label else seeds
+            found = {
+                name: estimate(seeds if name == "spearman" else clear, pooled(function))
+                for name, function in functions.items()
+            }
             both = np.concatenate(seeds)
             found["positive"] = float((both > 0).all(1).mean()) if len(both) else float("nan")
             numbers.setdefault(line.arm.label, {})[label] = found
@@ -224,8 +229,8 @@ def calibration(data: Data) -> tuple[dict[str, Any], str]:
         rows.append([line.arm.label, "KL of the last layer alone / KL", "–", interval(share, "#.2g"), "–", "–"])
     header = ["arm", "predicted → measured", "slope (log-log)", "median ratio", "Spearman", "both positive"]
     notes = (
-        "A step each; ratio is measured / predicted. [95 % bootstrap interval over seeds and steps.] Slope and ratio "
-        f"over steps where both are positive, Spearman over all. Skipped steps are left out. {data.seeds}."
+        "A step each; ratio is measured / predicted. [95 % bootstrap interval over seeds and steps.] Slope and ratio: "
+        f"both positive, a KL above {NOISE:g} (rounding); Spearman: all. Skipped steps are left out. {data.seeds}."
     )
     return numbers, markdown(data.experiment.title, header, rows, notes)
 
@@ -338,9 +343,7 @@ def stability(data: Data) -> tuple[dict[str, list[Line]], dict[str, Any], str]:
             for verdict in ("survived", "usable")
         }
         numbers[label] = {"rates": found} | largest
-        cells = [
-            f"{rate:g}: {spread(one['last'], '.2f')} ({one['usable']}/{one['n']})" for rate, one in found.items()
-        ]
+        cells = [f"{rate:g}: {spread(one['last'], '.2f')} ({one['usable']}/{one['n']})" for rate, one in found.items()]
         rows.append([label, *(f"{rate:g}" if rate else "none" for rate in largest.values()), "; ".join(cells)])
     header = [
         "method",
