@@ -141,7 +141,9 @@ def test_a_policy_with_filler_knows_the_words(tmp_path):
 
 
 def test_scales_of_the_lab():
-    assert set(SCALES) == {f"lab_{name}" for name in ("heavy", "light", "long", "minus", "sharp", "wide", "words")}
+    assert set(SCALES) == {
+        f"lab_{name}" for name in ("heavy", "light", "long", "minus", "more", "sharp", "wide", "words")
+    }
     base = compose_recipe("capo_aggressive", [])
     for scale in SCALES:
         settings = compose_recipe("capo_aggressive", [f"scale={scale}"])
