@@ -42,7 +42,7 @@ def arguments(folder, **changes):
     return GRPOConfig(**{**defaults, **changes})
 
 
-def build(policy, tokenizer, folder, capo=None, baseline="group", reward=token_reward, **changes):
+def build(policy, tokenizer, folder, capo=None, baseline="group", reward=token_reward, records=None, **changes):
     """A CAPOTrainer, or TRL's own if `capo` is None, on a fresh copy of the policy."""
     common = {
         "model": AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
@@ -53,7 +53,7 @@ def build(policy, tokenizer, folder, capo=None, baseline="group", reward=token_r
     }
     if capo is None:
         return GRPOTrainer(**common)
-    return CAPOTrainer(**common, capo=CAPOConfig(**capo), advantage_baseline=baseline)
+    return CAPOTrainer(**common, capo=CAPOConfig(**capo), advantage_baseline=baseline, records=records)
 
 
 def parameters(trainer):

@@ -103,6 +103,7 @@ class RunConfig:
         output_root: the run's folder is <output_root>/<recipe>[,<variant>]/<scale>/seed<seed>.
         variant: a name for what was changed in the recipe, such as `learning_rate=0.0004`.
         overwrite: throw an older run of the same folder away.
+        token_records: what became of each token is kept of the `notable` steps, of `all`, or of `none`.
         capo: see `CAPOConfig`.
         data: see `DataConfig`.
         evaluation: see `EvaluationConfig`.
@@ -123,6 +124,7 @@ class RunConfig:
     output_root: str = "outputs"
     variant: str = ""
     overwrite: bool = False
+    token_records: str = "notable"
     capo: CAPOConfig = field(default_factory=CAPOConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -136,6 +138,8 @@ class RunConfig:
         """
         if self.advantage_baseline not in ("group", "none"):
             raise ConfigError(f"advantage_baseline must be 'group' or 'none', got {self.advantage_baseline!r}")
+        if self.token_records not in ("notable", "all", "none"):
+            raise ConfigError(f"token_records must be one of notable, all, none, got {self.token_records!r}")
         _at_least(1, {"completions_per_step": self.completions_per_step, "num_threads": self.num_threads})
         for name in ("problems", "suite"):
             if getattr(self.evaluation, name) and self.data.name != "lab":

@@ -38,6 +38,7 @@ from open_r1_capo.recipes import compose_recipe, known_recipes
 from open_r1_capo.report import summarise, summary_lines, write_report
 from open_r1_capo.rewards import get_reward_funcs
 from open_r1_capo.run_folder import RunFolder, RunFolderError, write_atomically
+from open_r1_capo.token_records import TokenRecords
 from open_r1_capo.trainer import CAPOTrainer
 
 USER_ERRORS = (ConfigError, DataError, RunFolderError, CheckpointError, LabError)
@@ -263,6 +264,7 @@ def make_trainer(
             processing_class=tokenizer,
             capo=config.capo,
             advantage_baseline=config.advantage_baseline,
+            records=token_records(config, args, tokenizer),
         )
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"the trainer cannot be built: {' '.join(str(error).split())}") from None
@@ -288,6 +290,13 @@ def held_out(
         return {**found, "over": len(found["tasks"])}
 
     return (lambda: measure(held_out_accuracy, problems)) if problems else None, test if wanted.suite else None
+
+
+def token_records(config: RunConfig, args: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> TokenRecords | None:
+    """Where the run keeps its token records; None if it keeps none."""
+    if config.token_records == "none":
+        return None
+    return TokenRecords(config.folder(args.seed) / "tokens", config.token_records, tokenizer)
 
 
 def explain(error: Exception) -> str | None:

@@ -123,7 +123,8 @@ def _check_used(settings: dict[str, Any], overrides: list[str]) -> None:
     for item in overrides:
         key = item.partition("=")[0].lstrip("+")
         reason = None
-        if key.startswith("capo.") and key != "capo.mode" and capo.get("mode") == "off":
+        ours = key == "token_records" or (key.startswith("capo.") and key != "capo.mode")
+        if ours and capo.get("mode") == "off":
             reason = "capo.mode=off"
         elif key in MODE_KEYS and capo.get("mode") not in MODE_KEYS[key]:
             reason = f"capo.mode={capo.get('mode')}"

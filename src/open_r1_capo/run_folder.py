@@ -4,6 +4,7 @@
     metrics.jsonl   one object an optimizer step
     eval.jsonl      TEST, one object an evaluated step
     summary.json    what the run ended with
+    tokens/         what became of every token, of a few steps
     checkpoints/    ordinary Hugging Face folders, each with CAPO's state
     report.html     the curves
 
@@ -36,7 +37,7 @@ except ImportError:  # Windows: two processes in one folder go unnoticed
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify", "open-r1-capo")
 # where a run is written or how it is watched does not make it another run
-NOT_IDENTITY = ("overwrite", "output_root", "report_to", "run_name", "num_threads")
+NOT_IDENTITY = ("overwrite", "output_root", "report_to", "run_name", "num_threads", "token_records")
 
 
 class RunFolderError(RuntimeError):

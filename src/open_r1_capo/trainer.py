@@ -36,6 +36,7 @@ from open_r1_capo.capo.planning import AdaptedRate, NormGuard, StepBudget
 from open_r1_capo.capo_config import CAPOConfig
 from open_r1_capo.features import captured_hidden_states, check_head, policy_support, predicting
 from open_r1_capo.measure import measure, metrics
+from open_r1_capo.token_records import TokenRecords
 from open_r1_capo.update import Part, draw, gather_selection, gradient_scale, select, subsets, sum_rows
 
 
@@ -46,6 +47,7 @@ class CAPOTrainer(GRPOTrainer):
         *args: as `GRPOTrainer`.
         capo: what CAPO does.
         advantage_baseline: `group` (GRPO, Dr.GRPO) or `none`: REINFORCE's advantage is the reward itself.
+        records: keeps what became of the tokens of some steps, or None.
         **kwargs: as `GRPOTrainer`.
 
     Raises:
@@ -53,9 +55,17 @@ class CAPOTrainer(GRPOTrainer):
             is set under DeepSpeed, which takes the step within its backward pass.
     """
 
-    def __init__(self, *args: Any, capo: CAPOConfig, advantage_baseline: str = "group", **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        capo: CAPOConfig,
+        advantage_baseline: str = "group",
+        records: TokenRecords | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.capo, self.advantage_baseline = capo, advantage_baseline
+        self.records = records if self.accelerator.is_main_process and capo.mode != "off" else None
         self.counters = {"completions": 0, "accepted_tokens": 0}
         adapts = capo.step_rule == "adapt"
         self.budget = (
@@ -158,7 +168,8 @@ class CAPOTrainer(GRPOTrainer):
             high = self.get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)
             selection = selection.weighted(high[mask])
         self.step_model.accumulate(tokens, selection.weight.masked_fill(selection.non_finite, 0))
-        return Part(tokens, selection, support.log_mass, entropies[mask].detach(), input_ids, attention_mask, mask)
+        source = (input_ids, attention_mask, mask, inputs.get("completion_rewards"))
+        return Part(tokens, selection, support.log_mass, entropies[mask].detach(), *source)
 
     # --- the update --------------------------------------------------------------------------------------------------
 
@@ -216,6 +227,8 @@ class CAPOTrainer(GRPOTrainer):
         """Restore the schedule's learning rate, and measure how far the policy really moved."""
         if self.capo.mode == "off":
             return
+        taken_lr = 0.0 if self._skipped else self.optimizer.param_groups[0]["lr"]
+        logs, found = {}, [None] * len(self._parts)
         for group, lr in zip(self.optimizer.param_groups, self._scheduled_lrs, strict=True):
             group["lr"] = lr
         if self.capo.measure_kl > 0:
@@ -226,6 +239,10 @@ class CAPOTrainer(GRPOTrainer):
             self.record({f"capo/{name}": value for name, value in logs.items()})
             if self._learns and not self._skipped:
                 self.budget.calibrate(logs["measured_kl"], self._planned_kl)
+        if self.records:
+            lr, step = self._scheduled_lrs[0], self.state.global_step + 1
+            whole = {"step": step, "lr": lr, "taken_lr": taken_lr, "measured_kl": logs.get("measured_kl")}
+            self.records.offer(whole, self._parts, found)
         self._parts.clear()
 
     # --- rewards, counters, logs -------------------------------------------------------------------------------------
@@ -235,12 +252,13 @@ class CAPOTrainer(GRPOTrainer):
             output = super()._generate_and_score_completions(inputs)
         self.seconds["generate"] -= self._reward_seconds
         self.seconds["reward"] += self._reward_seconds
+        start = self.accelerator.process_index * len(inputs)
+        mine = self._rewards[start : start + len(inputs)] * self.reward_weights.to(self._rewards.device)
+        rewards = mine.nansum(1)  # unscorable: 0, as TRL
         if self.advantage_baseline == "none":
-            mine = slice(
-                self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs)
-            )
-            weights = self.reward_weights.to(self._rewards.device)
-            output["advantages"] = (self._rewards[mine] * weights).nansum(1)  # unscorable: 0, as TRL
+            output["advantages"] = rewards
+        if self.records:
+            output["completion_rewards"] = rewards.masked_fill(mine.isnan().all(1), torch.nan)
         if self.model.training:
             self.counters["completions"] += len(inputs) * self.accelerator.num_processes
         return output
@@ -324,6 +342,10 @@ class _UpdateCallback(TrainerCallback):
 
     def __init__(self, trainer: CAPOTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer.records:
+            self.trainer.records.resume(state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.start = time.perf_counter()

@@ -41,6 +41,7 @@ class Part:
         input_ids: (B, L) int64, prompts and completions.
         attention_mask: (B, L).
         mask: (B, T) bool, the completion tokens that take part.
+        rewards: (B,), of the completions, NaN where none could be given; None if unknown.
     """
 
     tokens: TokenBatch
@@ -50,6 +51,7 @@ class Part:
     input_ids: Tensor
     attention_mask: Tensor
     mask: Tensor
+    rewards: Tensor | None = None
 
 
 def select(
