@@ -1,8 +1,8 @@
 """Experiments: the runs that a figure or a table of the paper needs, and where they are.
 
-A file `recipes/experiments/<name>.yaml` lists arms (a recipe and what is changed in it) and seeds. An arm's runs stand in
-`outputs/experiments/<recipe>[,<key>=<value>…]/<scale>/seed<seed>`: the folder says what the run is, so experiments that
-share an arm share its runs.
+A file `recipes/experiments/<name>.yaml` lists arms (a recipe and what is changed in it) and seeds. An arm's runs stand
+in `outputs/experiments/<recipe>[,<key>=<value>…]/<scale>/seed<seed>`: the folder says what the run is, so experiments
+that share an arm share its runs.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ class Arm:
 
         Args:
             key: such as `learning_rate`.
+
+        Returns:
+            Its value.
 
         Raises:
             KeyError: no override of that name.
@@ -160,7 +163,7 @@ def _arms(name: str, entry: dict[str, Any]) -> Iterator[Arm]:
     """The arms of one entry: one, or one for each combination of its grid."""
     if not isinstance(entry, dict) or not {"label", "recipe"} <= entry.keys() <= ARM_KEYS:
         raise ExperimentError(
-            f"recipes/experiments/{name}.yaml: an arm has label and recipe, and may have overrides and grid, got {entry}"
+            f"recipes/experiments/{name}.yaml: an arm has label and recipe, perhaps overrides and grid, got {entry}"
         )
     fixed = [_override(key, value) for key, value in entry.get("overrides", {}).items()]
     grid = entry.get("grid", {})

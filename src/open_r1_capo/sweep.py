@@ -2,8 +2,8 @@
 
     python -m open_r1_capo.sweep fig2 --scale lab --seeds 5
 
-Finished runs are skipped, so the same command goes on with an interrupted sweep. Exit codes: 0 all runs are there; 1 some
-failed (their logs are named); 2 bad input; 130 interrupted.
+Finished runs are skipped, so the same command goes on with an interrupted sweep. Exit codes: 0 all runs are there;
+1 some failed (their logs are named); 2 bad input; 130 interrupted.
 """
 
 from __future__ import annotations
