@@ -237,14 +237,13 @@ def difference(one: str, other: str, path: Path) -> str | None:
     return None
 
 
-def load(name: str, experiment: Experiment, keys: Iterable[str], arms: Iterable[str] = ()) -> Data:
+def load(name: str, experiment: Experiment, keys: Iterable[str]) -> Data:
     """Read what a figure needs of an experiment's runs.
 
     Args:
         name: the figure's.
         experiment: the runs' experiment.
         keys: metrics beside ALWAYS; TEST reads eval.jsonl.
-        arms: the recipes of the arms to take; none takes all.
 
     Returns:
         The data, with a warning for what is missing but can be done without.
@@ -252,14 +251,10 @@ def load(name: str, experiment: Experiment, keys: Iterable[str], arms: Iterable[
     Raises:
         FigureError: an arm without a finished run, a broken file, or seeds of different settings.
     """
-    chosen, keys, warnings = set(arms), tuple(keys), []
-    lines, absent, wanted = [], [], 0
+    keys, warnings, lines, absent = tuple(keys), [], [], []
     for arm in experiment.arms:
-        if chosen and arm.recipe not in chosen:
-            continue
         runs = []
         for seed in experiment.seeds:
-            wanted += 1
             folder = experiment.folder(arm, seed)
             if (folder / "metrics.jsonl").is_file() and not unfinished(
                 folder, run := read_run(folder, keys, warnings)
@@ -269,6 +264,7 @@ def load(name: str, experiment: Experiment, keys: Iterable[str], arms: Iterable[
                 absent.append(folder)
         check_settings([run.folder for run in runs])
         lines.append(Line(arm, runs))
+    wanted = len(experiment.arms) * len(experiment.seeds)
     command = f"make experiment NAME={experiment.name} SCALE={experiment.scale} SEEDS={len(experiment.seeds)}"
     gap = f"{len(absent)} of {wanted} runs are missing or unfinished (the first: {absent[0]})" if absent else ""
     if experiment.search:  # bisection leaves most of a grid out
@@ -279,8 +275,35 @@ def load(name: str, experiment: Experiment, keys: Iterable[str], arms: Iterable[
         warnings += [f"{gap}; {command} makes them"] if absent and not labels else []
     if labels or not lines:
         without = f"{min(labels)!r} has no finished run; " if labels else ""
-        raise FigureError(f"{without}{gap or 'it has no such arm'}; {command} makes them")
+        raise FigureError(f"{without}{gap}; {command} makes them")
     return Data(name, experiment, lines, warnings)
+
+
+def load_scales(name: str, seeds: int | None, keys: Iterable[str]) -> list[Data]:
+    """Read an experiment at every scale that has runs; a scale that cannot be drawn is left out with a warning.
+
+    Args:
+        name: the figure's and the experiment's.
+        seeds: only the first so many; None takes all.
+        keys: as `load`.
+
+    Returns:
+        One or more.
+
+    Raises:
+        FigureError: no scale can be drawn.
+    """
+    found, warnings, keys = [], [], tuple(keys)
+    for experiment in scales_with_runs(name, seeds):
+        try:
+            found.append(load(name, experiment, keys))
+        except FigureError as error:
+            warnings.append(f"without {experiment.scale}: {error}")
+    if not found:
+        none = f"it has no runs at any scale; make experiment NAME={name} SCALE=… makes them"
+        raise FigureError("; ".join(warnings) or none)
+    found[0].warnings += warnings
+    return found
 
 
 def scales_with_runs(name: str, seeds: int | None) -> list[Experiment]:
@@ -298,14 +321,9 @@ def scales_with_runs(name: str, seeds: int | None) -> list[Experiment]:
     return [one for one in found if has_runs(one)]
 
 
-def has_runs(experiment: Experiment, arms: Iterable[str] = ()) -> bool:
-    """Whether an experiment has any run at its scale, of the arms with these recipes (none takes all)."""
-    chosen = set(arms)
-    return any(
-        (experiment.folder(arm, seed) / "metrics.jsonl").is_file()
-        for arm, seed in experiment.runs()
-        if not chosen or arm.recipe in chosen
-    )
+def has_runs(experiment: Experiment) -> bool:
+    """Whether an experiment has any run at its scale."""
+    return any((experiment.folder(*job) / "metrics.jsonl").is_file() for job in experiment.runs())
 
 
 def warn(name: str, warnings: Iterable[str]) -> None:

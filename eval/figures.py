@@ -20,7 +20,7 @@ import tables
 from curves import TEST, Data, FigureError, Line
 from drawing import Panel, Result, draw, save
 from open_r1_capo import experiments
-from open_r1_capo.experiments import Experiment, ExperimentError
+from open_r1_capo.experiments import ExperimentError
 from overview import against_each_other
 
 ACCURACY = Panel("reward", "in-training accuracy", published=published.MATH)
@@ -125,24 +125,19 @@ def with_test(data: Data, panels: list[Panel]) -> list[Panel]:
 
 @dataclass(frozen=True)
 class Entry:
-    """A figure or table.
+    """A figure or table; its runs are those of the experiment of its name.
 
     Attributes:
         make: draws it from its data and the weight of the moving average.
         keys: the metrics it reads, beside those of every figure.
-        recipes: which arms of FALLBACK it shows, where it has no experiment of its own; empty for all.
-        shared: whether FALLBACK's runs will do.
+        scales: whether it shows every scale that has runs, side by side.
     """
 
     make: Callable[..., Result]
     keys: tuple[str, ...] = ()
-    recipes: tuple[str, ...] = ()
-    shared: bool = True
+    scales: bool = False
 
 
-FALLBACK = "fig2"  # the experiment whose runs most figures show
-SECOND_FAMILIES = ("drgrpo_aggressive", "drcapo_aggressive", "reinforce_aggressive", "reincapo_aggressive")
-PAIR = ("grpo_aggressive", "capo_aggressive")
 SHIFTS = tuple(
     key
     for kind in ("policy", "objective")
@@ -153,40 +148,22 @@ FIGURES = {
     "fig1": Entry(fig1),
     "fig2": Entry(fig2, (TEST,)),
     "fig3": Entry(fig3, SHIFTS),
-    "fig4": Entry(fig4, (TEST,), SECOND_FAMILIES),
-    "fig5": Entry(fig5, ("capo/rejected_frac",), ("capo_aggressive", "drcapo_aggressive", "reincapo_aggressive")),
-    "fig6": Entry(fig6, shared=False),
-    "fig7": Entry(fig7, shared=False),
-    "fig8": Entry(fig8, ("grad_norm",), shared=False),
-    "fig9": Entry(fig9, ("capo/measured_kl",), PAIR),
+    "fig4": Entry(fig4, (TEST,)),
+    "fig5": Entry(fig5, ("capo/rejected_frac",)),
+    "fig6": Entry(fig6),
+    "fig7": Entry(fig7),
+    "fig8": Entry(fig8, ("grad_norm",)),
+    "fig9": Entry(fig9, ("capo/measured_kl",)),
     "fig10": Entry(fig10, (TEST,)),
     "table1": Entry(tables.table1, tuple(tables.SECONDS)),
-    "table5": Entry(tables.table5, (*TABLE5, *tables.SCALE_KEYS), PAIR),
-    "stability": Entry(ours.stability, shared=False),
-    "stability_grid": Entry(ours.stability, shared=False),
+    "table5": Entry(tables.table5, (*TABLE5, *tables.SCALE_KEYS)),
+    "stability": Entry(ours.stability),
+    "stability_grid": Entry(ours.stability),
     "calibration": Entry(ours.calibration, (*tables.CALIBRATION_KEYS, *tables.SCALE_KEYS)),
     "efficiency": Entry(tables.efficiency, (TEST,)),
-    "transfer": Entry(tables.transfer, (TEST,), shared=False),
+    "transfer": Entry(tables.transfer, (TEST,), scales=True),
+    "transfer_batch": Entry(tables.transfer, (TEST,), scales=True),
 }
-
-
-def experiment_of(name: str, scale: str, seeds: int | None) -> tuple[Experiment, tuple[str, ...]]:
-    """Find the runs of a figure: those of the experiment of its name, or FALLBACK's.
-
-    Args:
-        name: of FIGURES.
-        scale: a scale's name.
-        seeds: only the first so many; None takes all.
-
-    Returns:
-        The experiment, and the recipes to take of it (none: all).
-
-    Raises:
-        ExperimentError: there is no such experiment, or not with so many seeds.
-    """
-    own = name in experiments.known_experiments()
-    source = name if own or not FIGURES[name].shared else FALLBACK
-    return experiments.load(source, scale, seeds), () if own else FIGURES[name].recipes
 
 
 def make(name: str, options: argparse.Namespace) -> list[Path]:
@@ -204,14 +181,10 @@ def make(name: str, options: argparse.Namespace) -> list[Path]:
         ExperimentError: there is no such experiment.
     """
     entry = FIGURES[name]
-    if name == "transfer":
-        found = curves.scales_with_runs(name, options.seeds)
-        if not found:
-            raise FigureError("it has no runs at any scale; make experiment NAME=transfer SCALE=… makes them")
-        data = [curves.load(name, experiment, entry.keys) for experiment in found]
+    if entry.scales:
+        data = curves.load_scales(name, options.seeds, entry.keys)
     else:
-        experiment, recipes = experiment_of(name, options.scale, options.seeds)
-        data = curves.load(name, experiment, entry.keys, recipes)
+        data = curves.load(name, experiments.load(name, options.scale, options.seeds), entry.keys)
     result = entry.make(data, options.smooth)
     for one in data if isinstance(data, list) else [data]:
         curves.warn(name, one.warnings)
@@ -220,13 +193,12 @@ def make(name: str, options: argparse.Namespace) -> list[Path]:
 
 def drawable(options: argparse.Namespace) -> list[str]:
     """List the figures that have any run at the scale, and say which have none."""
-    known, names, empty = experiments.known_experiments(), [], []
-    for name, entry in FIGURES.items():
-        if name not in known and not (entry.shared and FALLBACK in known):
-            continue
-        experiment, recipes = experiment_of(name, options.scale, None)
-        there = curves.scales_with_runs(name, None) if name == "transfer" else curves.has_runs(experiment, recipes)
+    names, empty = [], []
+    for name in FIGURES.keys() & set(experiments.known_experiments()):
+        one = experiments.load(name, options.scale)
+        there = curves.scales_with_runs(name, None) if FIGURES[name].scales else curves.has_runs(one)
         (names if there else empty).append(name)
+    names, empty = (sorted(part, key=list(FIGURES).index) for part in (names, empty))
     if empty:
         command = f"make experiment NAME={empty[0]} SCALE={options.scale}"
         print(f"without runs at the scale {options.scale}: {', '.join(empty)} ({command} …)", file=sys.stderr)
@@ -234,10 +206,23 @@ def drawable(options: argparse.Namespace) -> list[str]:
 
 
 def smoothing(text: str) -> float:
-    """Read --smooth: a weight in [0, 1), or off."""
-    value = 0.0 if text == "off" else float(text)
+    """Read --smooth: a weight in [0, 1), or off.
+
+    Args:
+        text: from the command line.
+
+    Returns:
+        The weight; 0 for off.
+
+    Raises:
+        ArgumentTypeError: neither.
+    """
+    try:
+        value = 0.0 if text == "off" else float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a weight in [0, 1) nor off")
     return value
 
 

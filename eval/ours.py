@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+import stats
 import tables
-from curves import Data, FigureError
-from drawing import COLOURS, RC, Result, caption, heading, look
+from curves import Data, FigureError, Line
+from drawing import COLOURS, RC, Result, caption, heading
 
 POINTS = 300  # of a scatter, an arm
+ACROSS = 7  # panels a row
 MARKERS = "osD^vPX"
+NOISE = 1e-6  # nats; of a smaller measured KL, the rounding of float32 log-probabilities is a tenth and more
 
 
 def stability(data: Data, smooth: float) -> Result:
@@ -78,7 +82,7 @@ def rates_panel(axis: Axes, found: dict, label: str, place: tuple[int, int]) -> 
 
 
 def calibration(data: Data, smooth: float) -> Result:
-    """Ours: what the model predicts against what is measured, a point a step, with the diagonal.
+    """Ours: what the model predicts against what is measured, a point a step and a panel an arm, with the diagonal.
 
     Args:
         data: runs with tables.CALIBRATION_KEYS and tables.SCALE_KEYS.
@@ -91,31 +95,103 @@ def calibration(data: Data, smooth: float) -> Result:
         FigureError: nothing was measured.
     """
     runs = [run for line in data.lines for run in line.runs]
-    shown = {k: v for k, v in tables.PAIRS.items() if any((tables.pairs(run, *v) > 0).all(1).any() for run in runs)}
-    if not shown:
+    there = [
+        name for name, pair in tables.PAIRS.items() if any((tables.pairs(run, *pair) > 0).all(1).any() for run in runs)
+    ]
+    if not there:
         raise FigureError("nothing was measured after the steps; train with capo.measure_kl=1")
-    numbers, table = tables.calibration(data)
-    rows, columns = len(shown), len(data.lines)
-    with plt.rc_context(RC | {"axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7}):
-        size = (max(4.8, 1.5 * columns + 0.6), 1.75 * rows + 0.4)
-        figure, axes = plt.subplots(rows, columns, figsize=size, sharex="row", sharey="row", squeeze=False)
-        for row, (title, (predicted, measured, exponent)) in zip(axes, shown.items(), strict=True):
-            symbol, target = title.split(" → ")
-            for axis, line, style in zip(row, data.lines, look(data.lines), strict=True):
-                both = np.concatenate([tables.pairs(run, predicted, measured, exponent) for run in line.runs])
-                both = both[(both > 0).all(1)]
-                x, y = both[:: max(1, math.ceil(len(both) / POINTS))].T
-                axis.plot(x, y, "o", color=style["color"], ms=2, alpha=0.5, mew=0, rasterized=True)
-                axis.set(xscale="log", yscale="log", xlabel=f"${symbol}$ of the batch")
-            limits = row[0].get_xlim()
-            for axis in row:
+    blocks = [names for symbol in ("m_F", "m_H") if (names := [name for name in there if name.startswith(symbol)])]
+    numbers, table = calibration_table(data)
+    columns = min(ACROSS, len(data.lines))
+    rows = math.ceil(len(data.lines) / columns)
+    with plt.rc_context(RC | {"axes.labelsize": 8, "axes.titlesize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7}):
+        size = (max(4.8, 1.5 * columns + 0.6), 1.75 * rows * len(blocks) + 0.8)
+        figure = plt.figure(figsize=size)
+        parts = figure.subfigures(len(blocks), 1, squeeze=False)[:, 0]
+        for part, names in zip(parts, blocks, strict=True):
+            axes = part.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+            for axis, line in zip(axes.flat, data.lines, strict=False):
+                calibration_panel(axis, line, names)
+            for axis in axes.flat[len(data.lines) :]:
+                axis.set_visible(False)
+            limits = axes[0, 0].get_xlim()
+            for axis in axes.flat[: len(data.lines)]:
                 axis.plot(limits, limits, color="#444444", lw=0.8, ls="--", scalex=False, scaley=False)
-            row[0].set_ylabel(target)
-        for axis, line in zip(axes[0], data.lines, strict=True):
-            axis.set_title(line.arm.label)
-        text = f"a point a step that was taken (at most {POINTS} an arm), where both are positive"
-        caption(figure, f"{note_of(data)}; {text}; dashed: predicted = measured")
+            part.supxlabel(f"${names[0].split(' → ')[0]}$ of the step", fontsize=8.5)
+            part.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2, markerscale=3)
+        text = f"a point a step that was taken (at most {POINTS} an arm), both positive; dashed: predicted = measured"
+        parts[-1].text(0.01, -0.01, f"{note_of(data)}; {text}", fontsize=7, color="#444444", va="top")
     return Result(heading(data) | {"arms": numbers}, figure, table)
+
+
+def calibration_panel(axis: Axes, line: Line, names: list[str]) -> None:
+    """Draw an arm's steps.
+
+    Args:
+        axis: where.
+        line: the arm's runs.
+        names: of tables.PAIRS, with the same prediction.
+    """
+    for name, colour in zip(names, COLOURS, strict=False):
+        both = np.concatenate([tables.pairs(run, *tables.PAIRS[name]) for run in line.runs])
+        both = both[(both > 0).all(1)]
+        x, y = both[:: max(1, math.ceil(len(both) / POINTS))].T
+        label = f"measured {name.split(' → ')[1]}"
+        axis.plot(x, y, "o", color=colour, ms=2, alpha=0.5, mew=0, rasterized=True, label=label)
+    axis.set(xscale="log", yscale="log")
+    axis.set_title(line.arm.label)
+
+
+def slope(x: np.ndarray, y: np.ndarray) -> float:
+    """Least-squares slope of log y on log x, over the pairs where both are positive; NaN for fewer than three."""
+    positive = (x > 0) & (y > 0)
+    a, b = np.log(x[positive]), np.log(y[positive])
+    a = a - a.mean() if len(a) else a
+    return float((a * b).sum() / (a * a).sum()) if len(a) > 2 and (a * a).sum() > 0 else float("nan")
+
+
+def median_ratio(x: np.ndarray, y: np.ndarray) -> float:
+    """Median of y/x over the pairs where both are positive; NaN without one."""
+    positive = (x > 0) & (y > 0)
+    return float(np.median(y[positive] / x[positive])) if positive.any() else float("nan")
+
+
+def calibration_table(data: Data) -> tuple[dict[str, Any], str]:
+    """Table what the model predicts against what is measured, step by step.
+
+    Args:
+        data: runs with CALIBRATION_KEYS and SCALE_KEYS.
+
+    Returns:
+        The numbers by arm, and Markdown.
+    """
+    rows, numbers = [], {}
+    for line in data.lines:
+        for label, (predicted, measured, exponent) in tables.PAIRS.items():
+            seeds = [tables.pairs(run, predicted, measured, exponent) for run in line.runs]
+            functions = {"slope": slope, "median_ratio": median_ratio, "spearman": stats.spearman}
+            clear = [one[one[:, 1] > NOISE] for one in seeds] if "KL" in label else seeds
+            found = {
+                name: tables.estimate(seeds if name == "spearman" else clear, tables.pooled(function))
+                for name, function in functions.items()
+            }
+            both = np.concatenate(seeds)
+            found["positive"] = float((both > 0).all(1).mean()) if len(both) else float("nan")
+            numbers.setdefault(line.arm.label, {})[label] = found
+            cells = [tables.interval(found[name], ".2f" if name != "median_ratio" else "#.2g") for name in functions]
+            rows.append([line.arm.label, label, *cells, tables.number(found["positive"], ".0%")])
+        share = tables.estimate(
+            [tables.pairs(run, "capo/measured_kl", "capo/measured_kl_head", 0) for run in line.runs],
+            tables.pooled(median_ratio),
+        )
+        numbers[line.arm.label]["share of the last layer"] = share
+        rows.append([line.arm.label, "KL of the last layer alone / KL", "–", tables.interval(share, "#.2g"), "–", "–"])
+    header = ["arm", "predicted → measured", "slope (log-log)", "median ratio", "Spearman", "both positive"]
+    notes = (
+        "A step each; ratio is measured / predicted. [95 % bootstrap interval over seeds and steps.] Slope and ratio: "
+        f"both positive, a KL above {NOISE:g} (rounding); Spearman: all. Skipped steps are left out. {data.seeds}."
+    )
+    return numbers, tables.markdown(data.experiment.title, header, rows, notes)
 
 
 def note_of(data: Data) -> str:

@@ -28,7 +28,6 @@ PAIRS = {
     "m_F → KL of the last layer alone": ("capo/batch_policy_shift", "capo/measured_kl_head", 2),
     "m_H → change of the objective": ("capo/batch_objective_shift", "capo/measured_objective", 1),
 }
-NOISE = 1e-6  # nats; of a smaller measured KL, the rounding of float32 log-probabilities is a tenth and more
 CALIBRATION_KEYS = (*dict.fromkeys(key for a, b, _ in PAIRS.values() for key in (a, b)),)
 SCALE_KEYS = ("capo/step_scale", "capo/skipped_step")
 
@@ -184,57 +183,6 @@ def mean(seeds: Sequence[np.ndarray]) -> float:
     return float(np.concatenate(list(seeds)).mean())
 
 
-def slope(x: np.ndarray, y: np.ndarray) -> float:
-    """Least-squares slope of log y on log x, over the pairs where both are positive; NaN for fewer than three."""
-    positive = (x > 0) & (y > 0)
-    a, b = np.log(x[positive]), np.log(y[positive])
-    a = a - a.mean() if len(a) else a
-    return float((a * b).sum() / (a * a).sum()) if len(a) > 2 and (a * a).sum() > 0 else float("nan")
-
-
-def median_ratio(x: np.ndarray, y: np.ndarray) -> float:
-    """Median of y/x over the pairs where both are positive; NaN without one."""
-    positive = (x > 0) & (y > 0)
-    return float(np.median(y[positive] / x[positive])) if positive.any() else float("nan")
-
-
-def calibration(data: Data) -> tuple[dict[str, Any], str]:
-    """Table what the model predicts against what is measured, step by step.
-
-    Args:
-        data: runs with CALIBRATION_KEYS and SCALE_KEYS.
-
-    Returns:
-        The numbers by arm, and Markdown.
-    """
-    rows, numbers = [], {}
-    for line in data.lines:
-        for label, (predicted, measured, exponent) in PAIRS.items():
-            seeds = [pairs(run, predicted, measured, exponent) for run in line.runs]
-            functions = {"slope": slope, "median_ratio": median_ratio, "spearman": stats.spearman}
-            clear = [one[one[:, 1] > NOISE] for one in seeds] if "KL" in label else seeds
-            found = {
-                name: estimate(seeds if name == "spearman" else clear, pooled(function))
-                for name, function in functions.items()
-            }
-            both = np.concatenate(seeds)
-            found["positive"] = float((both > 0).all(1).mean()) if len(both) else float("nan")
-            numbers.setdefault(line.arm.label, {})[label] = found
-            cells = [interval(found[name], ".2f" if name != "median_ratio" else "#.2g") for name in functions]
-            rows.append([line.arm.label, label, *cells, number(found["positive"], ".0%")])
-        share = estimate(
-            [pairs(run, "capo/measured_kl", "capo/measured_kl_head", 0) for run in line.runs], pooled(median_ratio)
-        )
-        numbers[line.arm.label]["share of the last layer"] = share
-        rows.append([line.arm.label, "KL of the last layer alone / KL", "–", interval(share, "#.2g"), "–", "–"])
-    header = ["arm", "predicted → measured", "slope (log-log)", "median ratio", "Spearman", "both positive"]
-    notes = (
-        "A step each; ratio is measured / predicted. [95 % bootstrap interval over seeds and steps.] Slope and ratio: "
-        f"both positive, a KL above {NOISE:g} (rounding); Spearman: all. Skipped steps are left out. {data.seeds}."
-    )
-    return numbers, markdown(data.experiment.title, header, rows, notes)
-
-
 def outcome(line: Line, base: float) -> dict[str, Any]:
     """What became of an arm's runs.
 
@@ -377,12 +325,16 @@ def transfer(scales: Sequence[Data], smooth: float = 0.0) -> Result:
         cells = [label[0], ", ".join(label[1:])]
         for arms in numbers.values():
             found = arms.get(label)
-            cells.append(f"{spread(found['last'])} ({found['usable']}/{found['n']})" if found else "–")
+            text = f"{spread(found['last'])} ({found['usable']}/{found['n']})" if found else "–"
+            rivals = [np.mean(one["last"]) for name, one in arms.items() if name[0] == label[0]]
+            best = found and len(rivals) > 1 and np.mean(found["last"]) == max(rivals)
+            cells.append(f"**{text}**" if best else text)
         rows.append(cells)
     title = scales[0].experiment.title
     seeds = "; ".join(f"{data.experiment.scale}: {data.seeds}" for data in scales)
     notes = (
-        f"Last in-training accuracy, mean ± standard error over seeds (seeds that stayed usable / n). {RULES} {seeds}."
+        f"Last in-training accuracy, mean ± standard error over seeds (usable seeds / n); "
+        f"bold: the best of an arm's settings. {RULES} {seeds}."
     )
     plain = {scale: {", ".join(label): found for label, found in arms.items()} for scale, arms in numbers.items()}
     table = markdown(title, ["arm", "settings", *numbers], rows, notes)
