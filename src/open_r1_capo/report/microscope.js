@@ -46,7 +46,7 @@ class Microscope {
     this.more = element("button", { type: "button", onclick: () => this.drawMore() });
     root.append(this.tabs, this.head, this.scatter.node, this.controls, this.legend, this.list, this.more);
     this.listen();
-    this.open(0);
+    this.open(mostTelling(records));
   }
 
   makeControls() {
@@ -311,6 +311,12 @@ class Tip {
   hide() {
     this.node.hidden = true;
   }
+}
+
+/** The record with most rejected tokens, or else the one whose step went furthest. */
+function mostTelling(records) {
+  const rank = (record) => record.completions.reduce((sum, c) => sum + c.rejected, 0) || (record.measured_kl || 0) / 1e3;
+  return records.reduce((best, record, i) => (rank(record) > rank(records[best]) ? i : best), 0);
 }
 
 /** Add to a completion what it is sorted and coloured by. */

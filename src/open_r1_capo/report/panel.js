@@ -109,19 +109,20 @@ class Panel {
     const bars = [];
     let last = -1; // row of the point before
     let path = "";
-    let alone = true;
+    let single = null; // the point that the segment so far consists of, if it is only one: a line would not show
     for (let i = 0; i < y.length; i++) {
       const value = this.value(y[i]);
       if (value === null || x[i] === null || x[i] === undefined) continue;
       const [px, py] = [this.x.at(x[i]), this.y.at(value)];
       const connected = last >= 0 && (dotted(line) || last === i - 1 || this.gapIsEmpty(y, last, i));
+      if (!connected && single) dots.push(single);
       path += `${connected ? "L" : "M"}${px.toFixed(1)},${py.toFixed(1)}`;
-      alone = alone && !connected;
+      single = connected ? null : shape("circle", { cx: px, cy: py, r: 1.8 });
       if (dotted(line)) dots.push(shape("circle", { cx: px, cy: py, r: 3 }));
       if (error && error[i]) bars.push(`M${px},${this.y.at(value - error[i])}V${this.y.at(value + error[i])}`);
       last = i;
     }
-    if (alone && last >= 0 && !dots.length) path += "h0.1"; // a single point is drawn by its round cap
+    if (single) dots.push(single);
     parts.push(shape("path", { d: path }));
     if (bars.length) parts.push(shape("path", { class: "error", d: bars.join("") }));
     return shape("g", { class: `line ${line.style}`, style: colour }, ...parts, ...dots);

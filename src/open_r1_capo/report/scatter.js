@@ -85,8 +85,8 @@ class Scatter {
     const tokens = `${format(known.length)} tokens with A ≠ 0${whole}`;
     const facts = [`Rank correlation of m_F with the true KL: ${format(rankCorrelation(known))} over ${tokens}.`];
     if (out.length && sum(known) > 0) {
-      const count = `${format(out.length)} rejected (${format(out.length / known.length, true)} of them)`;
-      facts.push(`The ${count} carry ${format(sum(out) / sum(known), true)} of the KL.`);
+      const count = `${format(out.length)} rejected (${format(out.length / known.length, true)} of these)`;
+      facts.push(`The ${count} carry ${format(sum(out) / sum(known), true)} of the KL at these tokens.`);
     }
     return [...facts, "Dashed: equal. Orange: rejected; the line is the bound. Click a dot to see its token."];
   }
