@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: run folders; None takes the process's arguments.
 
     Returns:
-        0, or 2 if a folder is no run's or cannot be written (one sentence says which).
+        0, or 2 if a folder is no run's or cannot be read or written (one sentence says which).
     """
     names = sys.argv[1:] if argv is None else argv
     if not names:
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename} cannot be written ({error.strerror})", file=sys.stderr)
+        print(f"error: {error.filename} cannot be read or written ({error.strerror})", file=sys.stderr)
         return 2
     for folder, summary in written:
         lines = summary_lines(folder) if summary else [f"the run has not ended; its report so far: {folder.report}"]

@@ -55,7 +55,8 @@ class Curves {
     }));
     const values = lines.flatMap((line) => this.runs[line.run].metrics[key] || []).filter((v) => v > 0);
     const log = values.length > 1 && Math.max(...values) / Math.min(...values) > 1000;
-    return { title: key, lines: lines.filter((line) => this.runs[line.run].metrics[key]), log, low: null, percent: false };
+    const known = lines.filter((line) => this.runs[line.run].metrics[key]);
+    return { title: key, lines: known, log, low: null, percent: false };
   }
 
   makeToolbar(toolbar) {

@@ -83,12 +83,14 @@ class Microscope {
     const { step, lr, taken_lr, measured_kl, completions, of } = this.record;
     const tokens = completions.reduce((sum, c) => sum + c.tokens.length, 0);
     const rejected = completions.reduce((sum, c) => sum + c.rejected, 0);
+    const scaled = completions.reduce((sum, c) => sum + c.scaled, 0);
     const shown =
       completions.length < of
-        ? `${completions.length} of ${of} completions fit on this page, those with most rejected tokens and largest m_F: `
+        ? `${completions.length} of ${of} completions are on this page, those with most rejected tokens or largest m_F: `
         : `${of} completions: `;
+    const judged = `${format(rejected)} rejected${scaled ? `, ${format(scaled)} scaled down` : ""}`;
     this.head.replaceChildren(
-      `${shown}${format(tokens)} tokens, ${format(rejected)} rejected. Learning rate ${format(taken_lr)}`,
+      `${shown}${format(tokens)} tokens, ${judged}. Learning rate ${format(taken_lr)}`,
       lr !== taken_lr ? ` of the scheduled ${format(lr)}` : "",
       measured_kl === null ? ". " : `; measured KL ${format(measured_kl)} nats. `,
       element("a", { href: `#step-${step}` }, "Show the step in the curves"),
@@ -315,7 +317,8 @@ class Tip {
 
 /** The record with most rejected tokens, or else the one whose step went furthest. */
 function mostTelling(records) {
-  const rank = (record) => record.completions.reduce((sum, c) => sum + c.rejected, 0) || (record.measured_kl || 0) / 1e3;
+  const rejected = (record) => record.completions.reduce((sum, c) => sum + c.rejected, 0);
+  const rank = (record) => rejected(record) || (record.measured_kl || 0) / 1e3;
   return records.reduce((best, record, i) => (rank(record) > rank(records[best]) ? i : best), 0);
 }
 
@@ -326,6 +329,7 @@ function digest(completion) {
     completion.change = tokens.map((_, i) => (prob[i] > 0 && after[i] > 0 ? Math.log(after[i] / prob[i]) : null));
   }
   completion.rejected = completion.weight.filter((weight) => weight === 0).length;
+  completion.scaled = completion.weight.filter((weight) => verdictOf(weight) === "scaled down").length;
   completion.largest = {};
   for (const key of Object.keys(QUANTITIES)) {
     completion.largest[key] = (completion[key] || []).reduce((most, v) => Math.max(most, Math.abs(v || 0)), 0);

@@ -6,7 +6,8 @@ class Panel {
     this.spec = spec;
     this.title = element("figcaption", {}, spec.title);
     this.legend = element("ul", { class: "legend" });
-    this.svg = shape("svg", { tabindex: 0, role: "application", height: HEIGHT, "aria-label": `${spec.title}, curves` });
+    const label = `${spec.title}, curves`;
+    this.svg = shape("svg", { tabindex: 0, role: "application", height: HEIGHT, "aria-label": label });
     this.node = element("figure", { class: "panel" }, this.title, this.svg, this.legend);
     this.makeLegend();
     this.listen();
@@ -16,8 +17,8 @@ class Panel {
     this.values = this.spec.lines.map(() => element("b", {}));
     this.items = this.spec.lines.map((line, i) => {
       const swatch = element("span", { class: `swatch ${line.style}`, style: `--colour: var(--c${line.colour})` });
-      const toggle = element("button", { type: "button", "aria-pressed": "true", title: "hide or show this line" }, swatch, line.label);
-      toggle.addEventListener("click", () => this.curves.toggle(this.id(line)));
+      const onclick = () => this.curves.toggle(this.id(line));
+      const toggle = element("button", { type: "button", title: "hide or show this line", onclick }, swatch, line.label);
       return element("li", {}, toggle, this.values[i]);
     });
     const single = this.curves.runs.length === 1; // its main lines are drawn last, on top

@@ -109,8 +109,9 @@ def unfinished(folder: RunFolder, settings: dict[str, Any], metrics: dict[str, l
         return "This run has not finished a step yet."
     planned = settings.get("max_steps")
     steps = f"step {metrics['step'][-1]:,}" + (f" of {planned:,}" if isinstance(planned, int) and planned > 0 else "")
-    minutes = (time.time() - folder.metrics.stat().st_mtime) / 60
-    return f"This run has not ended: it was at {steps}, written {max(0, minutes):.0f} min before this page."
+    hours = max(0, time.time() - folder.metrics.stat().st_mtime) / 3600
+    ago = f"{60 * hours:.0f} min" if hours < 2 else f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.0f} days"
+    return f"This run has not ended: it was at {steps}, written {ago} before this page."
 
 
 def bounds(settings: dict[str, Any]) -> dict[str, Any]:

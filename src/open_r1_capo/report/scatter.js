@@ -29,7 +29,8 @@ class Scatter {
     const kept = drawn.filter((point) => !point.rejected);
     const rejected = drawn.filter((point) => point.rejected);
     this.svg.setAttribute("aria-label", "m_F against the true KL of every token");
-    this.svg.replaceChildren(this.axes(), this.lines(bound), this.dots(kept, "kept"), this.dots(rejected, "out"), this.mark);
+    const dots = [this.dots(kept, "kept"), this.dots(rejected, "out")];
+    this.svg.replaceChildren(this.axes(), this.lines(bound), ...dots, this.mark);
     this.words.replaceChildren(...this.facts().map((fact) => element("p", {}, fact)));
   }
 
@@ -47,7 +48,8 @@ class Scatter {
       marks.push(shape("text", { x: SQUARE.left - 6, y: at + 4, "text-anchor": "end" }, axisLabel(tick, true)));
     }
     const middle = (SQUARE.left + SQUARE.width) / 2;
-    marks.push(shape("text", { x: middle, y: SQUARE.height - 6, "text-anchor": "middle" }, "m_F of the token, before the step (nats)"));
+    const below = { x: middle, y: SQUARE.height - 6, "text-anchor": "middle" };
+    marks.push(shape("text", below, "m_F of the token, before the step (nats)"));
     const turned = { transform: `translate(12 ${bottom / 2}) rotate(-90)`, "text-anchor": "middle" };
     marks.push(shape("text", turned, "true KL at the token (nats)"));
     return shape("g", { class: "axes" }, ...marks);
