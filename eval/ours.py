@@ -17,6 +17,7 @@ from drawing import COLOURS, RC, Result, caption, heading
 POINTS = 300  # of a scatter, an arm
 ACROSS = 7  # panels a row
 MARKERS = "osD^vPX"
+DRAWS = 200  # bootstrap resamples of the calibration table: ten intervals a method, of 20 methods
 NOISE = 1e-6  # nats; of a smaller measured KL, the rounding of float32 log-probabilities is a tenth and more
 
 
@@ -120,7 +121,7 @@ def calibration(data: Data, smooth: float) -> Result:
             part.supxlabel(f"${names[0].split(' → ')[0]}$ of the step", fontsize=8.5)
             part.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2, markerscale=3)
         text = f"a point a step that was taken (at most {POINTS} an arm), both positive; dashed: predicted = measured"
-        parts[-1].text(0.01, -0.01, f"{note_of(data)}; {text}", fontsize=7, color="#444444", va="top")
+        parts[-1].supxlabel(f"${names[0].split(' → ')[0]}$ of the step\n{note_of(data)}; {text}", fontsize=7.5)
     return Result(heading(data) | {"arms": numbers}, figure, table)
 
 
@@ -139,6 +140,7 @@ def calibration_panel(axis: Axes, line: Line, names: list[str]) -> None:
         label = f"measured {name.split(' → ')[1]}"
         axis.plot(x, y, "o", color=colour, ms=2, alpha=0.5, mew=0, rasterized=True, label=label)
     axis.set(xscale="log", yscale="log")
+    axis.minorticks_off()
     axis.set_title(line.arm.label)
 
 
@@ -172,7 +174,7 @@ def calibration_table(data: Data) -> tuple[dict[str, Any], str]:
             functions = {"slope": slope, "median_ratio": median_ratio, "spearman": stats.spearman}
             clear = [one[one[:, 1] > NOISE] for one in seeds] if "KL" in label else seeds
             found = {
-                name: tables.estimate(seeds if name == "spearman" else clear, tables.pooled(function))
+                name: tables.estimate(seeds if name == "spearman" else clear, tables.pooled(function), DRAWS)
                 for name, function in functions.items()
             }
             both = np.concatenate(seeds)
@@ -183,6 +185,7 @@ def calibration_table(data: Data) -> tuple[dict[str, Any], str]:
         share = tables.estimate(
             [tables.pairs(run, "capo/measured_kl", "capo/measured_kl_head", 0) for run in line.runs],
             tables.pooled(median_ratio),
+            DRAWS,
         )
         numbers[line.arm.label]["share of the last layer"] = share
         rows.append([line.arm.label, "KL of the last layer alone / KL", "–", tables.interval(share, "#.2g"), "–", "–"])

@@ -123,12 +123,14 @@ def table1(data: Data, smooth: float = 0.0) -> Result:
     return Result(heading(data) | {"arms": numbers}, table=markdown(data.experiment.title, header, rows, notes))
 
 
-def estimate(seeds: Sequence[np.ndarray], statistic: Callable[[Sequence[np.ndarray]], float]) -> dict[str, float]:
+def estimate(
+    seeds: Sequence[np.ndarray], statistic: Callable[[Sequence[np.ndarray]], float], draws: int = stats.DRAWS
+) -> dict[str, float]:
     """A statistic of seeds' steps with its 95 % bootstrap interval over seeds and steps."""
     seeds = [rows for rows in seeds if len(rows)]
     if not seeds:
         return dict.fromkeys(("value", "low", "high"), float("nan"))
-    low, high = stats.bootstrap(seeds, statistic, steps=True, draws=400)  # a second each arm with 1000
+    low, high = stats.bootstrap(seeds, statistic, steps=True, draws=draws)
     return {"value": statistic(seeds), "low": low, "high": high}
 
 
