@@ -6,7 +6,7 @@
 EVAL_FLAGS = $(foreach name,MODEL RUN TASKS SAMPLES LIMIT DATA OUT BACKEND MAX_TOKENS TEMPERATURE TOP_P,$(if \
 	$($(name)),--$(subst _,-,$(shell echo $(name) | tr A-Z a-z)) '$($(name))'))
 
-.PHONY: eval eval-model data-check eval-gold
+.PHONY: eval eval-model data-check eval-gold mechanism
 eval-model:
 	@$(if $(MODEL)$(RUN),,echo "eval: give MODEL=<folder or hub id> or RUN=<run folder>" >&2; exit 2)
 
@@ -19,6 +19,10 @@ data-check: $(STAMP) ## list training problems that are also in a test set [DATA
 
 eval-gold: $(STAMP) ## check the scoring against the gold answers of DATA=<folder> [TASKS="gsm8k …"]
 	@$(if $(DATA),,echo "eval-gold: give DATA=<folder of the test sets>" >&2; exit 2;) $(BIN)/python eval/gold_check.py '$(DATA)' $(TASKS)
+
+mechanism: $(STAMP) ## what masking does: RECORDS="<run> …" of token_records=all, RUN=<run with checkpoints> [BOUNDS="δ_F δ_H" PROBLEMS= SAMPLES= OUT=]
+	@$(BIN)/python eval/mechanism.py $(if $(RECORDS),--records $(RECORDS)) $(foreach name,RUN BOUNDS PROBLEMS SAMPLES OUT,$(if \
+	  $($(name)),--$(shell echo $(name) | tr A-Z a-z) $($(name))))
 
 # $(1): environment, $(2): packages. Without a GPU, torch comes from its CPU index, if the default would bring CUDA.
 define eval_install

@@ -65,7 +65,7 @@ def finished(tmp_path_factory, lab_policy):
 
 def test_a_run_writes_its_folder(finished):
     folder, out = finished
-    assert {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "report.html"} == {
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "report.html", "tokens"} == {
         p.name for p in folder.iterdir()
     }
     rows = metrics(folder)
@@ -111,6 +111,11 @@ def same_run(folder, reference):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a), name
     assert metrics(folder) == metrics(reference)
+    assert token_records(folder) == token_records(reference) != {}
+
+
+def token_records(folder):
+    return {path.name: path.read_bytes() for path in (folder / "tokens").iterdir()}
 
 
 def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path, lab_policy):
@@ -303,7 +308,7 @@ def test_a_checkpoint_of_another_optimizer_model(capsys, finished, tmp_path, lab
 
 
 def test_interrupted(capsys, monkeypatch):
-    def stop(settings):
+    def stop(settings, preemption):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(grpo, "train", stop)
@@ -312,7 +317,7 @@ def test_interrupted(capsys, monkeypatch):
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    def broken(settings):
+    def broken(settings, preemption):
         raise ZeroDivisionError
 
     monkeypatch.setattr(grpo, "train", broken)

@@ -4,7 +4,8 @@ r"""Train a policy with GRPO, Dr.GRPO, REINFORCE or their curvature-aware forms,
     accelerate launch --config_file recipes/accelerate_configs/zero2.yaml src/open_r1_capo/grpo.py \
         --config-name capo_aggressive scale=qwen2.5-math-7b
 
-Exit codes: 0 done; 2 the input cannot be used (one sentence says why, nothing was overwritten); 130 interrupted.
+Exit codes: 0 done; 2 the input cannot be used (one sentence says why, nothing was overwritten); 85 stopped at a
+checkpoint by SIGTERM or SIGUSR1, the same command goes on; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from open_r1_capo.configs import ConfigError, RunConfig, build
 from open_r1_capo.data import SYSTEM_PROMPT, DataError, load_problems, to_prompts
 from open_r1_capo.lab.policy import LabError, base_policy, held_out_accuracy, suite_accuracy
 from open_r1_capo.lab.task import problems as lab_problems
+from open_r1_capo.preemption import PREEMPTED, Preempted, Preemption
 from open_r1_capo.recipes import compose_recipe, known_recipes
 from open_r1_capo.report import summarise, summary_lines, write_report
 from open_r1_capo.rewards import get_reward_funcs
@@ -60,7 +62,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     quiet()
     try:
-        train(compose_recipe(options.config_name, options.overrides))
+        with Preemption().listening() as preemption:
+            train(compose_recipe(options.config_name, options.overrides), preemption)
+    except Preempted as stop:
+        say(str(stop))
+        return PREEMPTED
     except Exception as error:
         sentence = explain(error)
         if sentence is None:
@@ -73,11 +79,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def train(settings: dict[str, Any]) -> None:
+def train(settings: dict[str, Any], preemption: Preemption | None = None) -> None:
     """Run a composed recipe to its end, from wherever an earlier call stopped.
 
     Args:
         settings: from `compose_recipe`.
+        preemption: may stop the run at a checkpoint.
     """
     # --- the recipe --------------------------------------------------------------------------------------------------
     config, args = build(settings)
@@ -107,6 +114,8 @@ def train(settings: dict[str, Any]) -> None:
         trainer = make_trainer(config, args, rewards, model, tokenizer, dataset)
         accuracy, suite = held_out(config, trainer, tokenizer)
         trainer.add_callback(RunCallback(trainer, folder, accuracy, suite, config.evaluation.every))
+        if preemption:
+            preemption.watch(trainer)
         before = accuracy() if accuracy else None
     for note in notes:
         say(f"{note}; going on from {resume or 'the beginning'}")
@@ -118,6 +127,8 @@ def train(settings: dict[str, Any]) -> None:
     if resume:
         say(f"going on from {resume}")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if preemption:
+        preemption.check()
     if not main_process:
         return
 
@@ -238,6 +249,8 @@ def make_trainer(
     model: str,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
+    *,
+    kind: type[CAPOTrainer] = CAPOTrainer,
 ) -> CAPOTrainer:
     """Build the trainer.
 
@@ -248,6 +261,7 @@ def make_trainer(
         model: local folder or hub id.
         tokenizer: of the policy.
         dataset: rows with `prompt` and `solution`.
+        kind: the trainer's class.
 
     Returns:
         The trainer, silent but for its callbacks.
@@ -256,7 +270,7 @@ def make_trainer(
         ConfigError: the model's weights cannot be loaded, or CAPO cannot model its LM head.
     """
     try:
-        trainer = CAPOTrainer(
+        trainer = kind(
             model=model,
             reward_funcs=rewards,
             args=args,

@@ -54,6 +54,8 @@ class TokenRecords:
             step: the last step whose records stay; 0 for a new run.
         """
         self.best = {}
+        for path in self.folder.glob("*.part"):  # a write was cut off
+            path.unlink()
         for path in self.folder.glob("*.json.gz"):
             try:
                 with gzip.open(path, "rt", encoding="utf-8") as file:

@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from open_r1_capo import checkpoint
-from open_r1_capo.capo import AdamStep, SGDStep, TokenBatch, objective_shift, policy_shift
+from open_r1_capo.capo import AdamStep, SGDStep, TokenBatch, TokenSelection, objective_shift, policy_shift
 from open_r1_capo.capo.curvature import predicted_kl, sgd_shifts
 from open_r1_capo.capo.planning import AdaptedRate, NormGuard, StepBudget
 from open_r1_capo.capo_config import CAPOConfig
@@ -161,15 +161,30 @@ class CAPOTrainer(GRPOTrainer):
         else:
             z = self.step_model.propose(tokens, self.capo.granularity)
             shifts = tuple(shift(tokens, z, lr, self.capo.granularity) for shift in (policy_shift, objective_shift))
-        rank, step = self.accelerator.process_index, self.state.global_step
-        generator = draw(self.args.seed, step, len(self._parts), rank) if self.capo.mode == "covariance" else None
-        selection = select(self.capo, tokens, support.log_mass, shifts, generator)
+        selection = self.choose(tokens, support.log_mass, shifts)
         if self.top_entropy_quantile < 1:  # TRL's loss leaves these tokens out, so the step does not hold them
             high = self.get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)
             selection = selection.weighted(high[mask])
         self.step_model.accumulate(tokens, selection.weight.masked_fill(selection.non_finite, 0))
         source = (input_ids, attention_mask, mask, inputs.get("completion_rewards"))
         return Part(tokens, selection, support.log_mass, entropies[mask].detach(), *source)
+
+    def choose(self, tokens: TokenBatch, log_mass: Tensor, shifts: tuple[Tensor, Tensor]) -> TokenSelection:
+        """Judge a micro-batch's tokens by the configured rule.
+
+        Args:
+            tokens: N tokens.
+            log_mass: (N,), log of the policy's probability of each support.
+            shifts: m_F and m_H, (N,) each.
+
+        Returns:
+            The weight of each token and the reason for it.
+        """
+        return select(self.capo, tokens, log_mass, shifts, self.generator())
+
+    def generator(self) -> torch.Generator:
+        """The randomness of the micro-batch being judged: the same one when the step is taken again."""
+        return draw(self.args.seed, self.state.global_step, len(self._parts), self.accelerator.process_index)
 
     # --- the update --------------------------------------------------------------------------------------------------
 
