@@ -25,6 +25,25 @@ def test_every_recipe_composes_at_every_scale(recipe, scale):
     assert settings["recipe"] == recipe
 
 
+@pytest.mark.parametrize(
+    ("scale", "choice", "expected"),
+    [
+        ("lab", None, {}),
+        ("lab_words", None, {}),
+        ("qwen2.5-math-1.5b", None, {"use_vllm": True, "vllm_mode": "colocate", "vllm_enable_sleep_mode": True}),
+        ("qwen2.5-math-7b", "vllm_server", {"use_vllm": True, "vllm_mode": "server", "vllm_server_timeout": 1800}),
+        ("qwen2.5-math-7b", "transformers", {}),
+        ("lab", "vllm_server", {"use_vllm": True, "vllm_mode": "server", "vllm_server_timeout": 1800}),
+    ],
+)
+def test_a_scale_has_its_generation_and_another_can_be_chosen(scale, choice, expected):
+    settings = compose_recipe("capo_aggressive", [f"scale={scale}", *([f"generation={choice}"] if choice else [])])
+    correction = {"vllm_importance_sampling_correction": False} if expected else {}
+    assert {key: value for key, value in settings.items() if "vllm" in key} == expected | correction
+    assert settings["generation"] == (choice or ("vllm_colocate" if "qwen" in scale else "transformers"))
+    assert build(settings | NO_GPU)[0].generation == settings["generation"]
+
+
 def test_the_recipes():
     assert set(known_recipes()) == set(METHODS)
 

@@ -93,6 +93,7 @@ class RunConfig:
         method: the group's name.
         regime: the group's name.
         scale: the group's name.
+        generation: the group's name.
         model_name_or_path: a local folder or hub id; `lab` trains the lab's base policy first.
         completions_per_step: completions of one optimizer step over all ranks; sets TRL's gradient accumulation.
         advantage_baseline: `group` subtracts the group's mean reward, `none` is REINFORCE on the reward itself.
@@ -116,6 +117,7 @@ class RunConfig:
     scale: str
     model_name_or_path: str
     completions_per_step: int
+    generation: str = "transformers"
     advantage_baseline: str = "group"
     reward_funcs: list[str] = field(default_factory=lambda: ["accuracy"])
     system_prompt: str | None = None

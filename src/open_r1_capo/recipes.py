@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from open_r1_capo.configs import NESTED, OURS, TRL_FIELDS, ConfigError
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-GROUPS = ("method", "regime", "scale")
+GROUPS = ("method", "regime", "scale", "generation")
 LAB_IGNORES = ("data.config", "data.split", "data.problem_column", "data.answer_column")
 BOUNDED = ("mask", "scale")
 MODE_KEYS = {  # read under these modes alone

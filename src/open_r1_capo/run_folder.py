@@ -36,8 +36,10 @@ except ImportError:  # Windows: two processes in one folder go unnoticed
     fcntl = None
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify", "open-r1-capo")
-# where a run is written or how it is watched does not make it another run
-NOT_IDENTITY = ("overwrite", "output_root", "report_to", "run_name", "num_threads", "token_records")
+# where a run is written, how it is watched, or where its server is, does not make it another run; nor does the name of
+# a group of settings that are compared themselves
+NOT_IDENTITY = ("overwrite", "output_root", "report_to", "run_name", "num_threads", "token_records", "generation")
+NOT_IDENTITY += tuple(f"vllm_{name}" for name in ("server_base_url", "server_host", "server_port", "group_port"))
 
 
 class RunFolderError(RuntimeError):
