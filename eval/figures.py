@@ -160,6 +160,8 @@ FIGURES = {
     "stability": Entry(ours.stability),
     "stability_grid": Entry(ours.stability),
     "calibration": Entry(ours.calibration, (*tables.CALIBRATION_KEYS, *tables.SCALE_KEYS)),
+    "tuning_methods": Entry(tables.tuning, tables.ACTS),
+    "tuning_rivals": Entry(tables.tuning, tables.ACTS),
     "efficiency": Entry(tables.efficiency, (TEST,)),
     "transfer": Entry(tables.transfer, (TEST,), scales=True),
     "transfer_batch": Entry(tables.transfer, (TEST,), scales=True),

@@ -343,6 +343,41 @@ def transfer(scales: Sequence[Data], smooth: float = 0.0) -> Result:
     return Result({"name": scales[0].name, "title": title, "scales": plain}, table=table)
 
 
+TUNING_HALF = 0.5  # docs/protocol.md: the mean reward of the second half of a run decides
+ACTS = ("capo/rejected_frac", "capo/scaled_frac")
+
+
+def tuning(data: Data, smooth: float = 0.0) -> Result:
+    """Table what the settings of each method are chosen by: the mean reward of the second half of the runs.
+
+    Args:
+        data: arms that share a label and differ in their settings.
+        smooth: not used.
+
+    Returns:
+        The mean over seeds of each setting, the best of each label in bold, and the share of tokens acted on.
+    """
+    numbers, rows = {}, []
+    shared = set.intersection(*(set(line.arm.overrides) for line in data.lines))
+    for line in data.lines:
+        name = ", ".join(item for item in line.arm.overrides if item not in shared)
+        halves = [run.rewards[int(len(run.rewards) * TUNING_HALF) :] for run in line.runs]
+        acts = [float(sum(np.nan_to_num(run.columns[key]).mean() for key in ACTS)) for run in line.runs]
+        found = {"reward": [float(np.mean(half)) for half in halves], "acted_on": acts}
+        numbers.setdefault(line.arm.label, {})[name] = found
+    for label, settings in numbers.items():
+        best = max(float(np.mean(found["reward"])) for found in settings.values())
+        for name, found in settings.items():
+            mean, mark = float(np.mean(found["reward"])), "**" if np.mean(found["reward"]) == best else ""
+            each = ", ".join(f"{one:.3f}" for one in found["reward"])
+            rows.append([label, name, f"{mark}{mean:.3f}{mark}", each, f"{np.mean(found['acted_on']):.2%}"])
+    header = ["method", "settings", "reward", "each seed", "tokens rejected or scaled"]
+    common = f"All runs have {', '.join(sorted(shared))}. " if shared else ""
+    notes = f"Mean reward of the second half of the steps; the best of each method in bold. {common}{data.seeds}."
+    table = markdown(data.experiment.title, header, rows, notes)
+    return Result(heading(data) | {"methods": numbers}, table=table)
+
+
 RULES = (
     f"Collapsed: the mean of the last {outcomes.WINDOW} steps is below the base accuracy (mean reward of the first "
     f"step over all runs) after a window at least {100 * outcomes.RISE:.0f} points above it. Fell: it is more than "

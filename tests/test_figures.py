@@ -51,6 +51,10 @@ EXPERIMENTS = {
           {label: Dr.CAPO, recipe: drcapo_aggressive, grid: *rates}]}""",
     "transfer": "{title: transfer, seeds: [2], arms: [{label: GRPO (A), recipe: grpo_aggressive}]}",
     "transfer_batch": "{title: batch, extends: transfer}",
+    "tuning_methods": """
+        {title: tuning, seeds: [2, 3], arms: [{label: GRPO, recipe: grpo_aggressive, overrides: {beta: 0},
+          grid: {learning_rate: [4.0e-4, 1.6e-3]}}]}""",
+    "tuning_rivals": "{title: rivals, extends: tuning_methods}",
     "common": "{}",
 }
 
@@ -180,7 +184,7 @@ def test_smoothing_is_applied_and_stated(fig2):
 
 
 def test_every_figure_is_made(place, fig2):
-    for name in ("fig6", "fig7", "fig8", "stability", "transfer"):
+    for name in ("fig6", "fig7", "fig8", "stability", "transfer", "tuning_methods"):
         synthetic_runs.write_experiment(experiments.load(name))
     options = figures.parse([])
     for name, entry in figures.FIGURES.items():
@@ -256,6 +260,19 @@ def test_stability_marks_the_largest_rate_that_every_seed_survives(place):
     _, numbers, _ = tables.stability(data)
     assert numbers["methods"]["GRPO"]["largest_survived"] == 8e-4
     assert list(numbers["methods"]["Dr.CAPO"]["rates"]) == [3.2e-3]
+
+
+def test_tuning_takes_the_second_half(place):
+    experiment = experiments.load("tuning_methods")
+    synthetic_runs.write_experiment(experiment)
+    result = tables.tuning(curves.load("tuning_methods", experiment, tables.ACTS))
+    low, high = result.numbers["methods"]["GRPO"].values()
+    rows = [synthetic_runs.metrics(experiment.arms[0], seed) for seed in (2, 3)]
+    assert low["reward"] == pytest.approx([np.mean([row["reward"] for row in one[50:]]) for one in rows])
+    assert low["acted_on"] == pytest.approx([np.mean([row["capo/rejected_frac"] for row in one]) for one in rows])
+    assert np.mean(high["reward"]) < np.mean(low["reward"])
+    assert f"| learning_rate=0.0004 | **{np.mean(low['reward']):.3f}** |" in result.table
+    assert "All runs have beta=0." in result.table
 
 
 def test_long_curves_are_thinned(tmp_path):
