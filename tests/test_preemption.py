@@ -3,72 +3,101 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
+from open_r1_capo import grpo
 from open_r1_capo.checkpoint import newest_complete
 from open_r1_capo.preemption import PREEMPTED, Preempted, Preemption
-from test_grpo import command, finished, metrics, run, same_run  # noqa: F401, `finished` is a fixture
+from open_r1_capo.trainer import CAPOTrainer
+from test_grpo import command, finished, metrics, same_run  # noqa: F401, `finished` is a fixture
 
 
-def start(*arguments, ranks=1):
-    launcher = ["-m"] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "-m"]
-    return subprocess.Popen(
-        [sys.executable, *launcher, "open_r1_capo.grpo", *arguments], stderr=subprocess.PIPE, text=True
-    )
+@pytest.fixture
+def signalled(monkeypatch):
+    """Train in this process, with a signal sent `delay` seconds after the beginning of step `step`."""
+    prepare = CAPOTrainer._generate_and_score_completions
 
+    def train(step, delay, sign, *arguments):
+        timer = threading.Timer(delay, os.kill, (os.getpid(), sign))
 
-def wait_for_lines(process, path, number):
-    while process.poll() is None and (not path.is_file() or len(path.read_text().splitlines()) < number):
-        time.sleep(0.002)
-    assert process.poll() is None, process.stderr.read()
+        def start_timer(trainer, inputs):
+            if trainer.state.global_step == step - 1:
+                timer.start()
+            return prepare(trainer, inputs)
+
+        monkeypatch.setattr(CAPOTrainer, "_generate_and_score_completions", start_timer)
+        try:
+            return grpo.main(list(arguments))
+        finally:
+            timer.cancel()
+            monkeypatch.setattr(CAPOTrainer, "_generate_and_score_completions", prepare)
+
+    return train
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_stopped_run_resumes_bit_for_bit(finished, tmp_path, lab_policy, sign):  # noqa: F811
-    folder, rng = tmp_path / "capo_aggressive" / "lab" / "seed0", random.Random(os.getpid())
-    print("stopped at random moments of seed", os.getpid())
+def test_a_stopped_run_resumes_bit_for_bit(finished, tmp_path, lab_policy, capfd, signalled, sign):  # noqa: F811
+    folder, seed = tmp_path / "capo_aggressive" / "lab" / "seed0", random.randrange(10**6)
+    print("stopped at random moments of seed", seed)
+    rng = random.Random(seed)
     arguments = command(tmp_path, lab_policy, "save_steps=6")  # every checkpoint but the last is the signal's
-    for step in sorted(rng.sample(range(1, 5), 2)):
-        process = start(*arguments)
-        wait_for_lines(process, folder / "metrics.jsonl", step)
-        time.sleep(rng.random() * 0.05)
-        process.send_signal(sign)
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == PREEMPTED, error
+    for step in (rng.choice([1, 2]), rng.choice([3, 4])):
+        assert signalled(step, rng.random() * 0.1, sign, *arguments) == PREEMPTED
         saved, notes = newest_complete(folder / "checkpoints")
         assert not notes
         done = int(saved.name.removeprefix("checkpoint-"))
+        error = capfd.readouterr().err
         assert error.splitlines()[-1] == f"stopped by {sign.name} at step {done}; the same command goes on"
         assert [row["step"] for row in metrics(folder)] == list(range(1, done + 1))
         assert not (folder / "summary.json").exists()
-    assert f"going on from {saved}" in run(*arguments)
+    assert grpo.main(arguments) == 0
+    assert f"going on from {saved}" in capfd.readouterr().err
     same_run(folder, finished[0])
 
 
+RANK = """
+import os, signal, sys, threading
+from open_r1_capo import grpo
+from open_r1_capo.trainer import CAPOTrainer
+
+prepare = CAPOTrainer._generate_and_score_completions
+def varied(trainer, inputs):
+    if trainer.state.global_step == 1 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return prepare(trainer, inputs)
+CAPOTrainer._generate_and_score_completions = varied
+sys.exit(grpo.main())
+"""
+
+
 def test_one_rank_stops_all(tmp_path, lab_policy):
-    """The signal reaches one process of two; both stop after the same step."""
+    """The signal reaches one process of two; both stop after the same step, and the node says why."""
+    (tmp_path / "rank.py").write_text(RANK)
+    node = [sys.executable, "-m", "open_r1_capo.node", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
+    node += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    arguments = command(tmp_path, lab_policy, "max_steps=3", "save_steps=3")
+    done = subprocess.run([*node, str(tmp_path / "rank.py"), *arguments], capture_output=True, text=True, timeout=400)
+    assert done.returncode == PREEMPTED, done.stderr
+    assert done.stderr.count("stopped by SIGTERM at step 2; the same command goes on") == 1
     folder = tmp_path / "capo_aggressive" / "lab" / "seed0"
-    process = start(*command(tmp_path, lab_policy, "max_steps=40"), ranks=2)
-    wait_for_lines(process, folder / "metrics.jsonl", 1)
-    pids = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
-    assert len(pids) == 2
-    os.kill(int(pids[1]), signal.SIGTERM)
-    _, error = process.communicate(timeout=120)
     saved, _ = newest_complete(folder / "checkpoints")
-    done = int(saved.name.removeprefix("checkpoint-"))
-    assert done < 40
-    assert f"stopped by SIGTERM at step {done}" in error
-    assert [row["step"] for row in metrics(folder)] == list(range(1, done + 1))
+    assert saved.name == "checkpoint-2"
+    assert [row["step"] for row in metrics(folder)] == [1, 2]
     assert len(list(saved.glob("rng_state_*.pth"))) == 2
-    assert error.count(f"exitcode  : {PREEMPTED} ") == 2, error
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 # --- the class alone -------------------------------------------------------------------------------------------------

@@ -26,9 +26,15 @@ ALLOWED = {
     "run_folder": {"checkpoint"},
     "report": {"report", "run_folder"},
     "callbacks": {"trainer", "run_folder"},
+    "preemption": set(),
+    "node": {"preemption"},
+    "job": {"preemption"},
+    "layout": {"job", "configs", "recipes"},
+    "launch": {"layout", "job", "configs", "recipes"},
     "data": set(),
     "rewards": set(),
     "lab": {"lab"},
+    "plan": {"plan", "configs", "recipes", "lab"},
 }
 
 
