@@ -21,7 +21,7 @@ TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
-.PHONY: help install train experiment eval test quality style figures report compare
+.PHONY: help install train experiment eval test quality style figures plan report compare
 
 help: ## this list
 	@echo "open-r1-capo — make <verb> [NAME=value …]"
@@ -55,6 +55,11 @@ quality: $(STAMP) ## formatting, lint, documentation rules
 
 style: $(STAMP) ## reformat and repair what can be
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+plan: $(STAMP) ## memory and time of RECIPE= at SCALE= on GPUS=4 GPU=h100 [NODES= ACCELERATOR=zero2 GENERATION= RUN= ARGS=]
+	@$(BIN)/python -m open_r1_capo.plan --recipe $(RECIPE) --scale $(SCALE) $(if $(GPUS),--gpus $(GPUS)) $(if $(NODES),--nodes $(NODES)) \
+	  $(if $(GPU),--gpu $(GPU)) $(if $(ACCELERATOR),--accelerator $(ACCELERATOR)) $(if $(GENERATION),--generation $(GENERATION)) \
+	  $(if $(SERVER_GPUS),--server-gpus $(SERVER_GPUS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(RUN),--run "$(RUN)") $(ARGS)
 
 report: $(STAMP) ## write the report of RUN=<run folder>, ended or not
 	@$(BIN)/python -m open_r1_capo.report $(RUN)

@@ -38,11 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    options = _parser().parse_args(argv)
+    options = _parser().parse_intermixed_args(argv)
     try:
-        device = find_device(options.gpu)
+        device = find_device(options.gpu or ("cpu" if options.scale.startswith("lab") else "h100"))
         machines = Machines(
-            gpus=options.gpus,
+            gpus=options.gpus or (1 if device.is_cpu else 4),
             nodes=options.nodes,
             accelerator=options.accelerator,
             generation=options.generation,
@@ -67,9 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="make plan", description=__doc__.split("\n\n")[0])
     parser.add_argument("--recipe", default="capo_aggressive")
     parser.add_argument("--scale", default="qwen2.5-math-7b")
-    parser.add_argument("--gpus", type=_count, default=4, help="of each node")
+    parser.add_argument("--gpus", type=_count, help="of each node; 4, or one process on the CPU")
     parser.add_argument("--nodes", type=_count, default=1)
-    parser.add_argument("--gpu", default="h100", help=f"{', '.join(DEVICES)}, or cpu, which is measured")
+    parser.add_argument("--gpu", help=f"{', '.join(DEVICES)}, or cpu, which is measured and where the lab runs")
     parser.add_argument("--accelerator", default="zero2", help=", ".join(ACCELERATORS))
     parser.add_argument("--generation", help="transformers, vllm_colocate, vllm_server; by default the recipe's")
     parser.add_argument("--server-gpus", type=_count, help="that only generate, with vllm_server")

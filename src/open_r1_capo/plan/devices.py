@@ -45,7 +45,8 @@ class Device:
 # matmul_share 0.4: 38 to 43 % of H100's bfloat16 peak in Llama 3's training (arXiv 2407.21783, Table 4)
 STREAM_SHARE = 0.8  # of the memory's stated bandwidth; large copies reach 0.85 to 0.9, attention over a cache less
 LINK_SHARE = 0.7  # of a link's stated rate, in collectives of large buffers
-GPU_OPERATOR_SECONDS = 20e-6  # eager transformers around one operator; the lab's generation on a CPU spends this much
+# transformers' generate on a 2.6 GHz EPYC core, where two sequences of width 128 leave little else to do
+OPERATOR_SECONDS = 18e-6  # the host's time to issue an operator
 ENGINE_STEP_SECONDS = 2e-3  # vLLM's scheduler and sampler between two decoding steps, with CUDA graphs
 DISK_RATE = 2e9  # bytes a second that a node's ranks write together, to one NVMe disk or a shared file system
 RESERVE = 0.04  # of the memory: allocator's fragments

@@ -16,7 +16,7 @@ from open_r1_capo.plan.workload import Workload
 BUCKET = 500_000_000  # elements that DeepSpeed collects before it reduces them (reduce_bucket_size)
 LIVE_PARAMETERS = 1_000_000_000  # that ZeRO-3 keeps gathered (stage3_max_live_parameters)
 HEAD_TILE = (4096, 32768)  # tokens × vocabulary of a tile of TRL's fused log-probabilities
-SUPPORT_BYTES = 3 * 64 * 2**20  # logits of the support pass (features.LOGITS_BYTES; three of them live at once)
+LOGITS_BYTES = 64 * 2**20  # of a chunk of the support pass, as in features.py; three of that size live at once
 PHASES = ("generation", "training", "update")
 
 
@@ -172,7 +172,8 @@ def capo_scratch(workload: Workload) -> float:
     """
     tokens = workload.sequences * workload.completion_limit
     per_token = workload.element * workload.shape.hidden + 16 * workload.support
-    return tokens * per_token + 3 * 4 * workload.rows * workload.shape.hidden + SUPPORT_BYTES
+    logits = min(LOGITS_BYTES, 4 * tokens // workload.accumulation * workload.shape.vocabulary)
+    return tokens * per_token + 3 * 4 * workload.rows * workload.shape.hidden + 3 * logits
 
 
 def parts(workload: Workload, device: Device) -> list[Part]:
@@ -203,8 +204,8 @@ def parts(workload: Workload, device: Device) -> list[Part]:
     ]
     if workload.capo:
         bound = moments(shape.vocabulary, shape.hidden) if workload.adam else 0
-        some = moments(workload.rows, shape.hidden) / 2**30
-        note = f"all {shape.vocabulary:,} rows; after one step {some:.1f} GiB"
+        share = moments(workload.rows, shape.hidden) / moments(shape.vocabulary, shape.hidden)
+        note = f"of all {shape.vocabulary:,} rows; about {share:.0%} of it after a step"
         found += [
             Part("CAPO: moments", bound, note=note),
             Part("CAPO: scratch", capo_scratch(workload), ("training",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -42,6 +43,11 @@ class Plan:
     def fits(self) -> bool:
         """Whether every phase does."""
         return fits(self.workload, self.device)
+
+    @property
+    def engine_fits(self) -> bool:
+        """Whether a vLLM engine, if there is one, holds its weights and a sequence."""
+        return engine_fits(self.workload, self.device)
 
     @property
     def step(self) -> float:
@@ -88,11 +94,15 @@ def fits(workload: Workload, device: Device) -> bool:
     Returns:
         True if a run should not end for want of memory.
     """
-    if workload.generation != "transformers":
-        needed = workload.prompt_limit + workload.completion_limit
-        if memory.engine_capacity(workload, device) < needed:
-            return False
-    return max(memory.peaks(memory.parts(workload, device)).values()) <= memory.usable(device)
+    return engine_fits(workload, device) and max(
+        memory.peaks(memory.parts(workload, device)).values()
+    ) <= memory.usable(device)
+
+
+def engine_fits(workload: Workload, device: Device) -> bool:
+    """Whether a vLLM engine, if there is one, holds its weights and the longest sequence."""
+    longest = workload.prompt_limit + workload.completion_limit
+    return workload.generation == "transformers" or memory.engine_capacity(workload, device) >= longest
 
 
 def divisors(number: int) -> list[int]:
@@ -113,65 +123,61 @@ def alternatives(workload: Workload, device: Device) -> Iterator[str]:
         device: where.
 
     Yields:
-        Phrases such as `per_device_train_batch_size=12`.
+        Words for `make plan` and `make train`, such as `ARGS="per_device_train_batch_size=12"`.
     """
-    largest = largest_micro_batch(workload, device)
-    if largest:
-        yield f'ARGS="per_device_train_batch_size={largest}"'
-    share = _engine_share(workload, device)
-    if share:
-        yield f'ARGS="vllm_gpu_memory_utilization={share}"'
-    sharded = replace(workload, accelerator="zero3")
-    changed = [("ACCELERATOR=zero3", sharded)] if workload.ranks > 1 else []
-    for other in (workload, sharded):
-        server = _server(other)
-        if server:
-            phrase = f"GENERATION=vllm_server SERVER_GPUS={server.servers}"
-            changed.append((phrase if other is workload else f"ACCELERATOR=zero3 {phrase}", server))
-    for phrase, other in changed:
-        if "zero3" in phrase and workload.accelerator == "zero3":
+    found: list[set[str]] = []
+    for names, words, other in sorted(_candidates(workload), key=lambda candidate: len(candidate[0])):
+        if any(smaller and smaller <= names for smaller in found):
             continue
-        found = largest_micro_batch(other, device)
-        if found:
-            yield phrase + _with_batch(found)
-    more = _more_gpus(workload, device)
-    if more:
-        yield more
+        settings = _settings(other, device, workload)
+        if settings is not None:
+            found.append(names)
+            yield " ".join([*words, *([f'ARGS="{settings}"'] if settings else [])])
 
 
-def _engine_share(workload: Workload, device: Device) -> float | None:
-    """Another share of the memory for a colocated engine, in twentieths; None if none helps."""
-    if workload.generation != "vllm_colocate":
-        return None
-    shares = (n / 20 for n in range(1, 20))
-    return next((s for s in shares if fits(replace(workload, engine_share=s), device)), None)
+def _candidates(workload: Workload) -> Iterator[tuple[set[str], list[str], Workload]]:
+    """Other accelerators, generations and numbers of GPUs: what is changed, in words, and the workload."""
+    per_node = max(8, workload.gpus // workload.nodes)
+    for factor in (1, 2, 4, 8, 16):
+        total = workload.gpus * factor
+        nodes = max(workload.nodes, math.ceil(total / per_node))
+        words = [f"GPUS={total // nodes}", *([f"NODES={nodes}"] if nodes > 1 else [])] if factor > 1 else []
+        for accelerator in dict.fromkeys((workload.accelerator, "zero3")):
+            for server in (False, True):
+                names = {"gpus"} if factor > 1 else set()
+                names |= {"zero3"} if accelerator != workload.accelerator else set()
+                names |= {"server"} if server else set()
+                servers = _servers(workload, total) if server else workload.servers * factor
+                ranks = total - servers
+                useless = (server and workload.servers) or (accelerator == "zero3" and ranks == 1)
+                if useless or ranks < 1 or workload.completions % ranks:
+                    continue
+                generation = "vllm_server" if server else workload.generation
+                other = workload.on(
+                    ranks, servers=servers, nodes=nodes, accelerator=accelerator, generation=generation
+                )
+                change = ["ACCELERATOR=zero3"] if "zero3" in names else []
+                change += [f"GENERATION=vllm_server SERVER_GPUS={servers}"] if server else []
+                yield names, [*words, *change], other
 
 
-def _server(workload: Workload) -> Workload | None:
-    """The same with servers on a part of the GPUs, so that the others share the completions; None if that is so."""
-    if workload.generation == "vllm_server":
-        return None
-    counts = [n for n in range(workload.ranks - 1, 0, -1) if workload.completions % n == 0]
-    if not counts:
-        return None
-    return workload.on(counts[0], generation="vllm_server", servers=workload.ranks - counts[0])
+def _servers(workload: Workload, total: int) -> int:
+    """The fewest GPUs for servers that let the others share the completions; all if there is no such number."""
+    return next((n for n in range(1, total) if workload.completions % (total - n) == 0), total)
 
 
-def _with_batch(micro_batch: int) -> str:
-    return f' with ARGS="per_device_train_batch_size={micro_batch}"'
-
-
-def _more_gpus(workload: Workload, device: Device) -> str | None:
-    """The least number of training GPUs that fits, among doubles of what there is."""
-    per_node = max(1, workload.gpus // workload.nodes)
-    for factor in (2, 4, 8, 16, 32):
-        ranks = workload.ranks * factor
-        if workload.completions % ranks:
-            continue
-        nodes = max(workload.nodes, -(-(ranks + workload.servers) // max(8, per_node)))
-        other = workload.on(ranks, nodes=nodes)
-        found = largest_micro_batch(other, device)
-        if found:
-            gpus = (ranks + workload.servers) // nodes
-            return f"GPUS={gpus}{f' NODES={nodes}' if nodes > 1 else ''}" + _with_batch(found)
+def _settings(workload: Workload, device: Device, asked: Workload) -> str | None:
+    """The recipe's settings with which a workload fits, where they are not those asked for; None if it never does."""
+    shares = [asked.engine_share]
+    if workload.generation == "vllm_colocate":
+        shares += [n / 20 for n in range(19, 0, -1)]
+    for share in shares:
+        other = replace(workload, engine_share=share)
+        largest = largest_micro_batch(other, device)
+        if largest:
+            given = asked.micro_batch if other.sequences % asked.micro_batch == 0 else 0
+            batch = given if given and fits(other.split(given), device) else largest
+            settings = [] if batch == asked.micro_batch else [f"per_device_train_batch_size={batch}"]
+            settings += [] if share == asked.engine_share else [f"vllm_gpu_memory_utilization={share}"]
+            return " ".join(settings)
     return None

@@ -54,18 +54,22 @@ def as_text(plan: Plan, seeds: int, measured: dict[str, float]) -> str:
     Returns:
         Lines.
     """
-    return "\n".join([*_title(plan), "", *_memory(plan), "", *_time(plan, measured), "", *_cost(plan, seeds)])
+    lines = [*_title(plan), "", *_memory(plan), ""]
+    if plan.engine_fits:
+        lines += [*_time(plan, measured), "", *_cost(plan, seeds)]
+    return "\n".join(lines).rstrip()
 
 
 def _title(plan: Plan) -> list[str]:
     work, device = plan.workload, plan.device
     where = f"{work.gpus} × {device.name}" + (f" on {work.nodes} nodes" if work.nodes > 1 else "")
     how = [work.accelerator if work.ranks > 1 else "one process", work.generation]
-    how += [f"{work.servers} for the servers"] if work.servers else []
+    how += [f"{work.servers} of them for servers"] if work.servers else []
+    ranks = "ranks" if work.ranks > 1 else "rank"
     return [
         f"{work.title}: {work.shape.name}, {_count(work.shape.parameters)} parameters",
         f"{where}, {', '.join(how)}",
-        f"a step: {work.completions} completions = {work.ranks} ranks × {work.accumulation} × {work.micro_batch}",
+        f"a step: {work.completions} completions = {work.ranks} {ranks} × {work.accumulation} × {work.micro_batch}",
     ]
 
 
@@ -75,7 +79,8 @@ def _count(number: float) -> str:
 
 def _memory(plan: Plan) -> list[str]:
     unit, name = (GIB, "GiB") if plan.peak[1] >= GIB else (MIB, "MiB")
-    lines = [f"{'memory of a training GPU':<40}{name:>7}  {'':<20}"]
+    what = "memory of the process" if plan.device.is_cpu else "memory of a training GPU"
+    lines = [f"{what:<40}{name:>7}"]
     for part in plan.parts:
         when = "" if part.phases == PHASES else ", ".join(part.phases)
         note = "; ".join(text for text in (when, part.note) if text)
@@ -87,17 +92,18 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _verdict(plan: Plan) -> list[str]:
-    work = plan.workload
     if plan.fits:
-        larger = [f"the largest micro-batch that fits is {plan.largest}"] if plan.largest else []
-        return ["  it fits; " + larger[0]]
-    engine = work.generation != "transformers" and memory.engine_capacity(work, plan.device) < (
-        work.prompt_limit + work.completion_limit
-    )
-    why = "the engine has no room for one sequence beside its weights" if engine else f"too much in {plan.peak[0]}"
+        return [f"  it fits; the largest micro-batch that does is {plan.largest}"]
+    why = "an engine has no room for one sequence beside its weights"
+    if plan.engine_fits:
+        phase, size = plan.peak
+        why = f"{(size - memory.usable(plan.device)) / GIB:.1f} GiB too much in {phase}"
     if not plan.remedies:
-        return [f"  it does not fit ({why}), and no number of GPUs tried here changes that: take a smaller model"]
-    return [f"  it does not fit ({why}). What would:", *(f"    {remedy}" for remedy in plan.remedies)]
+        return [
+            f"  it does not fit: {why};",
+            "  none of the remedies tried would help: take larger GPUs or a smaller model",
+        ]
+    return [f"  it does not fit: {why}. What would fit:", *(f"    {remedy}" for remedy in plan.remedies)]
 
 
 def _time(plan: Plan, measured: dict[str, float]) -> list[str]:

@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from open_r1_capo.plan.devices import (
     DISK_RATE,
     ENGINE_STEP_SECONDS,
-    GPU_OPERATOR_SECONDS,
     LINK_SHARE,
+    OPERATOR_SECONDS,
     STREAM_SHARE,
     Device,
 )
-from open_r1_capo.plan.memory import checkpoint_bytes, engine_capacity
+from open_r1_capo.plan.memory import activations, checkpoint_bytes, engine_capacity
 from open_r1_capo.plan.shapes import ModelShape
 from open_r1_capo.plan.workload import Workload
 
-LAYER_OPERATORS = 41  # kernels of one Qwen2 layer's forward pass in bfloat16 with a cache, counted
-OTHER_OPERATORS = 60  # embedding, masks, last norm, head, sampling
+LAYER_OPERATORS = 45  # kernels of one Qwen2 layer when a token is generated in bfloat16; 41 in float32
+OTHER_OPERATORS = 76  # of embedding, mask, last norm, head and sampling
+ACTIVATION_PASSES = 4  # what the backward pass needs is written and read once, and so is its gradient
 LOGITS_TRAFFIC = 32  # bytes a logit of the support pass: written, cast, divided, summed and searched
 CPU_ENTRIES = {"propose": 2.7e9, "commit": 6.1e9, "planned": 5.4e9}  # (token, id, d) a second: benchmarks/results
 NAMES = (
@@ -68,7 +69,7 @@ def seconds(load: Load, device: Device, share: float | None = None) -> float:
     times = [
         load.flops / (device.flops * (share or device.matmul_share)),
         load.streamed / (device.bandwidth * STREAM_SHARE),
-        load.operators * GPU_OPERATOR_SECONDS,
+        load.operators * OPERATOR_SECONDS,
     ]
     return sum(times) if device.is_cpu else max(times)
 
@@ -136,12 +137,13 @@ def train_seconds(workload: Workload, device: Device) -> float:
     shape, length = workload.shape, workload.prompt_tokens + workload.completion_tokens
     tokens = workload.sequences * workload.completion_tokens
     flops = training_flops(shape, workload.sequences, length, workload.checkpointing) + head_flops(shape, tokens, 4)
+    streamed = ACTIVATION_PASSES * activations(shape, workload.sequences * length, workload.element, False)
     passes = 4 if workload.checkpointing else 3
     if workload.passes > 1:
         flops += backbone_flops(shape, workload.sequences, length) + head_flops(shape, tokens)
         passes += 1
     operators = workload.accumulation * passes * forward_operators(shape)
-    return seconds(Load(flops, 0, operators), device)
+    return seconds(Load(flops, streamed, operators), device)
 
 
 def forward_operators(shape: ModelShape) -> int:

@@ -250,9 +250,7 @@ def _ranks(machines: Machines, generation: str) -> tuple[int, int]:
         return total, 0
     servers = machines.server_gpus or (machines.gpus if machines.nodes > 1 else 1)
     if not 1 <= servers < total:
-        raise PlanError(
-            f"with {total} GPUs there are 1 to {total - 1} for the servers, got {servers}: raise GPUS or NODES"
-        )
+        raise PlanError(f"SERVER_GPUS must be 1 to {total - 1} of the {total} GPUs, got {servers}: set another number")
     return total - servers, servers
 
 
