@@ -1,5 +1,6 @@
 """SIGTERM and SIGUSR1: the running step ends, a checkpoint is written, and the same command goes on exactly."""
 
+import gc
 import os
 import random
 import signal
@@ -38,6 +39,7 @@ def signalled(monkeypatch):
             return grpo.main(list(arguments))
         finally:
             timer.cancel()
+            gc.collect()  # the folder's lock, which a process would give back by ending
             monkeypatch.setattr(CAPOTrainer, "_generate_and_score_completions", prepare)
 
     return train

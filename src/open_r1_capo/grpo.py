@@ -150,6 +150,7 @@ def tell_wandb(config: RunConfig, args: GRPOConfig, folder: RunFolder) -> None:
     args.run_name = args.run_name or f"{config.recipe}-{config.scale}-seed{args.seed}"
     os.environ.setdefault("WANDB_DIR", str(folder.path))
     os.environ.setdefault("WANDB_PROJECT", "open-r1-capo")
+    os.environ.setdefault("WANDB_RUN_GROUP", args.run_name)  # a run that goes on is a new one to wandb
     if "WANDB_API_KEY" not in os.environ and not logged_in_to_wandb():
         os.environ.setdefault("WANDB_MODE", "offline")
 
