@@ -21,7 +21,7 @@ TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
-.PHONY: help install train experiment eval test quality style figures plan report compare
+.PHONY: help install train experiment eval test test-slurm quality style figures plan report compare
 
 help: ## this list
 	@echo "open-r1-capo — make <verb> [NAME=value …]"
@@ -49,6 +49,9 @@ experiment: $(STAMP) ## NAME=fig2 SCALE=lab [SEEDS=5 ARGS=--dry-run]: the missin
 
 test: $(STAMP) ## unit and integration tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+
+test-slurm: $(STAMP) ## the job scripts under a real Slurm of two stand-in nodes, if its daemons are installed
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider tests/slurm/real_slurm.py $(ARGS)
 
 quality: $(STAMP) ## formatting, lint, documentation rules
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
