@@ -221,6 +221,22 @@ def test_a_full_cache_makes_waves():
     assert two > 1.5 * one
 
 
+def test_completions_that_serve_two_steps_are_generated_once():
+    h100, once = DEVICES["h100"], read("grpo_aggressive", [SCALE_7B], Machines())
+    twice = read("grpo_aggressive", [SCALE_7B, "num_iterations=2"], Machines())
+    assert timing.generation_seconds(twice, h100) == pytest.approx(timing.generation_seconds(once, h100) / 2)
+    assert timing.sync_seconds(twice, h100) == pytest.approx(timing.sync_seconds(once, h100) / 2)
+    assert timing.train_seconds(twice, h100) > timing.train_seconds(once, h100)  # the old policy's forward pass
+
+
+def test_a_rank_generates_all_its_completions_at_once():
+    micro = [SCALE_7B, "per_device_train_batch_size=6"]
+    work = read("grpo_aggressive", micro, Machines(generation="transformers"))
+    assert (work.micro_batch, work.accumulation, work.rollouts, work.generations) == (6, 4, 24, 1)
+    more = read("grpo_aggressive", [*micro, "steps_per_generation=8", "save_steps=8"], Machines())
+    assert (more.rollouts, more.generations) == (48, 0.5)
+
+
 def test_capo_off_costs_nothing():
     work = read("grpo_aggressive", [SCALE_7B, "capo.mode=off"], Machines())
     names = {*timing.rows(work, DEVICES["h100"]), *(part.name for part in memory.parts(work, DEVICES["h100"]))}
@@ -319,6 +335,7 @@ def test_the_table(arguments, code, said, capsys):
         (["--gpus", "5"], "cannot be shared by 5 training GPUs: choose GPUS and NODES that give 2, 3, 4, 6"),
         (["--gpus", "8"], 'set ARGS="per_device_train_batch_size=12"'),
         (["per_device_train_batch_size=x"], "per_device_train_batch_size must be a whole number above 0, got 'x'"),
+        (["completions_per_step=many"], "completions_per_step must be a whole number above 0, got 'many'"),
         (["--recipe", "cappo"], "there is no recipe 'cappo'"),
         (["--scale", "70b"], "there is no scale '70b'"),
         (["--generation", "sglang"], "there is no generation 'sglang'"),

@@ -147,7 +147,7 @@ def _candidates(workload: Workload) -> Iterator[tuple[set[str], list[str], Workl
                 names = {"gpus"} if factor > 1 else set()
                 names |= {"zero3"} if accelerator != workload.accelerator else set()
                 names |= {"server"} if server else set()
-                servers = _servers(workload, total) if server else workload.servers * factor
+                servers = _servers(workload, total, nodes) if server else workload.servers * factor
                 ranks = total - servers
                 useless = (server and workload.servers) or (accelerator == "zero3" and ranks == 1)
                 if useless or ranks < 1 or workload.completions % ranks:
@@ -161,9 +161,10 @@ def _candidates(workload: Workload) -> Iterator[tuple[set[str], list[str], Workl
                 yield names, [*words, *change], other
 
 
-def _servers(workload: Workload, total: int) -> int:
-    """The fewest GPUs for servers that let the others share the completions; all if there is no such number."""
-    return next((n for n in range(1, total) if workload.completions % (total - n) == 0), total)
+def _servers(workload: Workload, total: int, nodes: int) -> int:
+    """The fewest GPUs, of several nodes whole ones, whose loss lets the others share the completions; all if none."""
+    each = total // nodes if nodes > 1 else 1
+    return next((n for n in range(each, total, each) if workload.completions % (total - n) == 0), total)
 
 
 def _settings(workload: Workload, device: Device, asked: Workload) -> str | None:

@@ -140,8 +140,8 @@ def train_seconds(workload: Workload, device: Device) -> float:
     streamed = ACTIVATION_PASSES * activations(shape, workload.sequences * length, workload.element, False)
     passes = 4 if workload.checkpointing else 3
     if workload.passes > 1:
-        flops += backbone_flops(shape, workload.sequences, length) + head_flops(shape, tokens)
-        passes += 1
+        flops += (backbone_flops(shape, workload.sequences, length) + head_flops(shape, tokens)) / workload.passes
+        passes += 1 / workload.passes
     operators = workload.accumulation * passes * forward_operators(shape)
     return seconds(Load(flops, streamed, operators), device)
 
@@ -165,9 +165,8 @@ def decode_load(shape: ModelShape, sequences: float, context: float, element: in
 def generation_seconds(workload: Workload, device: Device) -> float:
     """Until the longest completion ends: prompts at once, then token by token with half of the context on average.
 
-    transformers issues every operator of every token from the host, and generates every micro-batch together, in as
-    many calls as the recipe has generation batches. A vLLM engine replays
-    graphs; what does not fit into its cache waits.
+    transformers issues every operator of every token from the host, for all sequences of the rank at once. A vLLM
+    engine replays graphs; what does not fit into its cache waits.
 
     Args:
         workload: what runs.
@@ -176,12 +175,12 @@ def generation_seconds(workload: Workload, device: Device) -> float:
     Returns:
         Seconds a step.
     """
+    tokens = workload.completion_tokens
     if workload.generation == "transformers":
-        calls = workload.sequences / workload.rollouts
-        return calls * _decode_seconds(workload, device, workload.rollouts, workload.completion_tokens)
+        return workload.generations * _decode_seconds(workload, device, workload.rollouts, tokens)
     engines = (workload.servers or workload.ranks) / workload.tensor_parallel
-    batch = workload.completions / engines
-    return engine_seconds(workload, device, batch, workload.completion_tokens)
+    batch = workload.rollouts * workload.ranks / engines
+    return workload.generations * engine_seconds(workload, device, batch, tokens)
 
 
 def _decode_seconds(workload: Workload, device: Device, sequences: float, tokens: int) -> float:
@@ -231,8 +230,9 @@ def sync_seconds(workload: Workload, device: Device) -> float:
     size = workload.element * workload.shape.parameters
     gather = size / rate(workload, device) if workload.accelerator in ("zero3", "fsdp") and workload.ranks > 1 else 0
     if workload.generation == "vllm_server":
-        return gather + size / rate(workload, device)
-    return gather + 2 * size / workload.tensor_parallel / (device.bandwidth * STREAM_SHARE)
+        return workload.generations * (gather + size / rate(workload, device))
+    copy = 2 * size / workload.tensor_parallel / (device.bandwidth * STREAM_SHARE)
+    return workload.generations * (gather + copy)
 
 
 # --- CAPO ------------------------------------------------------------------------------------------------------------

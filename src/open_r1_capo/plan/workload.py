@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from open_r1_capo.configs import ConfigError, RunConfig, build
+from open_r1_capo.configs import TRL_FIELDS, ConfigError, RunConfig, build
 from open_r1_capo.plan.shapes import ModelShape, PlanError, find_shape
 from open_r1_capo.recipes import compose_recipe
 
@@ -86,6 +86,11 @@ class Workload:
         return self.sequences * self.ranks
 
     @property
+    def generations(self) -> float:
+        """How often completions are generated in an optimizer step: 1, or less where they serve several steps."""
+        return self.sequences / self.rollouts / self.passes
+
+    @property
     def gpus(self) -> int:
         """GPUs in use, servers included."""
         return self.ranks + self.servers
@@ -152,17 +157,18 @@ def read(recipe: str, overrides: list[str], machines: Machines) -> Workload:
     """
     chosen = [f"generation={machines.generation}"] if machines.generation else []
     settings = compose_recipe(recipe, [*overrides, *chosen])
-    # the ranges are checked as in training, but in one process on a CPU: that needs neither GPUs nor a launcher
-    alone = {key: value for key, value in settings.items() if key not in BATCH_KEYS}
-    run, args = build(alone | {"needs_gpu": False, "use_cpu": True, "bf16": False})
-    generation = f"vllm_{args.vllm_mode}" if args.use_vllm else "transformers"
+    mode = settings.get("vllm_mode", TRL_FIELDS["vllm_mode"].default)
+    generation = f"vllm_{mode}" if settings.get("use_vllm") else "transformers"
     if machines.accelerator not in ACCELERATORS:
         raise PlanError(f"ACCELERATOR must be one of {', '.join(ACCELERATORS)}, got {machines.accelerator!r}")
     ranks, servers = _ranks(machines, generation)
-    micro_batch, accumulation = split(settings, run.completions_per_step, ranks)
+    micro_batch, accumulation = split(settings, ranks)
+    # the ranges are checked as in training, but in one process on a CPU: that needs neither GPUs nor a launcher
+    alone = {key: value for key, value in settings.items() if key != "per_device_train_batch_size"}
+    alone |= {"gradient_accumulation_steps": accumulation, "needs_gpu": False, "use_cpu": True, "bf16": False}
+    run, args = build(alone)
     shape = _lab_shape(run) if run.model_name_or_path == "lab" else find_shape(run.model_name_or_path)
     prompt_limit = run.data.max_prompt_tokens or 512
-    reuse = args.steps_per_generation or accumulation
     return Workload(
         title=f"{recipe} on {run.scale}",
         shape=shape,
@@ -182,7 +188,7 @@ def read(recipe: str, overrides: list[str], machines: Machines) -> Workload:
         engine_share=args.vllm_gpu_memory_utilization,
         sleeps=args.vllm_enable_sleep_mode,
         element=2 if settings.get("bf16") and not machines.cpu else 4,
-        rollouts=micro_batch * reuse,
+        rollouts=micro_batch * args.steps_per_generation,
         passes=args.num_iterations,
         capo=run.capo.mode != "off",
         adam=run.capo.optimizer_model == "adam",
@@ -193,12 +199,11 @@ def read(recipe: str, overrides: list[str], machines: Machines) -> Workload:
     )
 
 
-def split(settings: dict[str, Any], completions: int, ranks: int) -> tuple[int, int]:
+def split(settings: dict[str, Any], ranks: int) -> tuple[int, int]:
     """Micro-batch and accumulation of each rank.
 
     Args:
-        settings: of the recipe; it may set either.
-        completions: of an optimizer step.
+        settings: of the recipe: the completions of a step, and either of the two.
         ranks: processes.
 
     Returns:
@@ -207,6 +212,11 @@ def split(settings: dict[str, Any], completions: int, ranks: int) -> tuple[int, 
     Raises:
         PlanError: they do not multiply to the completions; says which counts would.
     """
+    for name in ("completions_per_step", *BATCH_KEYS):
+        value = settings.get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise PlanError(f"{name} must be a whole number above 0, got {value!r}")
+    completions = settings["completions_per_step"]
     if completions % ranks:
         fitting = [n for n in range(1, 4 * ranks + 1) if completions % n == 0]
         near = ", ".join(map(str, sorted(sorted(fitting, key=lambda n: abs(n - ranks))[:4])))
@@ -216,9 +226,6 @@ def split(settings: dict[str, Any], completions: int, ranks: int) -> tuple[int, 
         )
     mine = completions // ranks
     micro_batch, accumulation = (settings.get(key) for key in BATCH_KEYS)
-    for name, value in zip(BATCH_KEYS, (micro_batch, accumulation), strict=True):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise PlanError(f"{name} must be a whole number above 0, got {value!r}")
     micro_batch = micro_batch or (mine if not accumulation else max(1, mine // accumulation))
     if mine % micro_batch or (accumulation and micro_batch * accumulation != mine):
         best = max(n for n in range(1, min(micro_batch, mine) + 1) if mine % n == 0)
