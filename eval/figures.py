@@ -52,7 +52,7 @@ def fig3(data: Data, smooth: float) -> Result:
 
 def fig4(data: Data, smooth: float) -> Result:
     """Figure 4: Dr.GRPO and REINFORCE with and without the selection."""
-    families = {"Dr.": "dr", "REINFORCE": "rein"}
+    families = {"Dr.GRPO": "dr", "REINFORCE": "rein"}
     panels = [
         Panel(panel.key, f"{name}: {panel.title}", shows=lambda line, start=start: line.arm.recipe.startswith(start))
         for panel in with_test(data, [ACCURACY, ON_TEST])
