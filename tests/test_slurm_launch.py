@@ -17,6 +17,7 @@ import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command as validate
 from accelerate.commands.launch import launch_command_parser
+from transformers import TrainingArguments
 
 from open_r1_capo import configs, job, launch, layout, node
 from open_r1_capo.configs import ConfigError, build
@@ -198,7 +199,7 @@ def test_accelerate_reads_the_configurations(accelerator, monkeypatch):
 VLLM = """
 import json, sys
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.entrypoints.openai.cli_args import make_arg_parser
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
 parser = make_arg_parser(FlexibleArgumentParser())
 for command in json.load(sys.stdin):
     parsed = parser.parse_args(command)

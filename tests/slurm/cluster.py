@@ -88,7 +88,7 @@ def cluster(folder):
         daemons.append(munge(folder, environment))
         for command in (["slurmctld", "-D", "-c"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]):
             log = (folder / f"{'-'.join(command)}.out").open("w")
-            daemons.append(subprocess.Popen(["nice", *command], env=environment, stdout=log, stderr=log))
+            daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         wait_for_nodes(environment)
         yield environment
     finally:
