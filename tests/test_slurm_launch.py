@@ -350,9 +350,9 @@ def test_a_server_that_ends_shows_its_last_lines(slurm, capfd):
     assert "line 25\n" not in error
 
 
-def test_a_trainer_that_saves_after_its_servers_end_goes_on(slurm):
-    script = f"sleep 0.3; exit {PREEMPTED}"
-    assert job.run_job([step("server", "exit 3"), step("trainer", script)], 7) == PREEMPTED
+@pytest.mark.parametrize(("code", "expected"), [(0, 0), (PREEMPTED, PREEMPTED), (5, 1)])
+def test_a_trainer_that_ends_by_itself_after_its_server(slurm, code, expected):
+    assert job.run_job([step("server", "exit 3"), step("trainer", f"sleep 0.4; exit {code}")], 7) == expected
 
 
 def test_nothing_is_left_running(slurm):

@@ -125,9 +125,10 @@ def _wait(running: Mapping[str, subprocess.Popen], asked: list[int], job: int) -
         if gone is not None and now - gone > GRACE:
             break
         time.sleep(0.2)
-    if trainer.poll() == PREEMPTED or gone is None:
-        return trainer.returncode if trainer.returncode >= 0 else 128 - trainer.returncode
-    return 1
+    code = trainer.poll()
+    if code is None or (gone is not None and code not in (0, PREEMPTED)):
+        return 1
+    return code if code >= 0 else 128 - code
 
 
 def _serve(running: Mapping[str, subprocess.Popen], asked: list[int]) -> int:
