@@ -66,7 +66,7 @@ def test_part_of_a_node_serves():
     assert (trainer.nodes, trainer.gpus, trainer.cpus) == (("n1",), 3, 24)
     assert server.environment == {"VLLM_SERVER_DEV_MODE": "1"}
     port = value(server.command, "--port")
-    assert f"vllm_server_base_url=http://n1:{port}" in overrides(trainer)
+    assert f"vllm_server_base_url=http://10.0.0.1:{port}" in overrides(trainer)
     assert "per_device_train_batch_size=16" in overrides(trainer)  # 96 = 3 × 2 × 16; the scale's 24 does not divide 32
     ports = [port, value(trainer.command, "--main_process_port")]
     assert len({*ports, *(item.split("=")[1] for item in overrides(trainer) if "group_port" in item)}) == 3
@@ -77,7 +77,7 @@ def test_the_last_nodes_serve():
         "--recipe grpo_conservative --generation vllm_server --server-nodes 2 --tp 2", place(4, 8, 64)
     )
     assert trainer.nodes == ("n1", "n2")
-    assert value(trainer.command, "--main_process_ip") == "n1"
+    assert value(trainer.command, "--main_process_ip") == "10.0.0.1"
     assert value(trainer.command, "--num_machines") == "2"
     assert value(trainer.command, "--num_processes") == "16"
     assert [first.nodes, second.nodes] == [("n3",), ("n4",)]
@@ -88,7 +88,7 @@ def test_the_last_nodes_serve():
         assert value(step.command, "--data-parallel-address") == "10.0.0.3"
     assert "--headless" not in first.command
     assert value(second.command, "--data-parallel-start-rank") == "4"
-    assert "http://n3:" in " ".join(overrides(trainer))
+    assert "http://10.0.0.3:" in " ".join(overrides(trainer))
 
 
 def test_a_server_alone():

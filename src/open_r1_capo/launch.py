@@ -151,11 +151,21 @@ def planned_place(options: argparse.Namespace) -> Place:
 
 
 def address(node: str) -> str:
-    """A node's IP address, or its name where that cannot be looked up."""
+    """Look up where a node is reached.
+
+    Args:
+        node: its name in Slurm, which need not be that of a host.
+
+    Returns:
+        The IP address, or where it cannot be looked up the name in Slurm's configuration.
+    """
+    told = subprocess.run(["scontrol", "--oneliner", "show", "node", node], capture_output=True, text=True).stdout
+    found = re.search(r"\bNodeAddr=(\S+)", told)
+    name = found[1] if found else node
     try:
-        return socket.gethostbyname(node)
+        return socket.gethostbyname(name)
     except OSError:
-        return node
+        return name
 
 
 def free_ports(first: int) -> int:

@@ -29,7 +29,7 @@ class Place:
 
     Attributes:
         nodes: host names, in Slurm's order.
-        addresses: their IP addresses.
+        addresses: their IP addresses, in the same order.
         gpus: on each node.
         cpus: of each node; None leaves them to Slurm.
         port: the first of `PORTS` free ones.
@@ -40,6 +40,10 @@ class Place:
     gpus: int
     cpus: int | None = None
     port: int = 20000
+
+    def address(self, node: str) -> str:
+        """Where a node is reached."""
+        return self.addresses[self.nodes.index(node)]
 
 
 def resolve(options: argparse.Namespace, place: Place, seed: int) -> list[Step]:
@@ -68,7 +72,7 @@ def resolve(options: argparse.Namespace, place: Place, seed: int) -> list[Step]:
     if options.serve:
         return servers
     if servers:
-        url = f"http://{serving[0]}:{place.port + 1}"
+        url = f"http://{place.address(serving[0])}:{place.port + 1}"
         overrides += [f"vllm_server_base_url={url}", f"vllm_group_port={place.port + 2}"]
     elif settings.get("use_vllm") and options.tp > 1:
         overrides.append(f"vllm_tensor_parallel_size={options.tp}")
@@ -153,7 +157,7 @@ def server_steps(
     for number, node in enumerate(nodes):
         command = list(base)
         if len(nodes) > 1:
-            head = place.addresses[place.nodes.index(nodes[0])]
+            head = place.address(nodes[0])
             command += ["--data-parallel-size-local", str(gpus // options.tp), "--data-parallel-address", head]
             command += ["--data-parallel-rpc-port", str(place.port + 3)]
         if number:
@@ -222,7 +226,14 @@ def trainer_step(
     else:
         config = f"recipes/accelerate_configs/{options.accelerator or 'zero2'}.yaml"
         command = ["--config_file", config, "--num_machines", str(len(nodes)), "--num_processes", str(processes)]
-        command += ["--main_process_ip", nodes[0], "--main_process_port", str(place.port), "--rdzv_backend", "static"]
+        command += [
+            "--main_process_ip",
+            place.address(nodes[0]),
+            "--main_process_port",
+            str(place.port),
+            "--rdzv_backend",
+            "static",
+        ]
     command += ["--mixed_precision", "bf16" if settings.get("bf16") else "no"]
     script = ["src/open_r1_capo/grpo.py", "--config-name", options.recipe, *overrides]
     cpus = place.cpus and (place.cpus * gpus // place.gpus if place.gpus else place.cpus)
