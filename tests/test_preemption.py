@@ -72,7 +72,7 @@ from open_r1_capo.trainer import CAPOTrainer
 
 prepare = CAPOTrainer._generate_and_score_completions
 def varied(trainer, inputs):
-    if trainer.state.global_step == 1 and os.environ["RANK"] == "1":
+    if trainer.state.global_step == 1 and os.environ["RANK"] == os.environ.get("SIGNALLED"):
         os.kill(os.getpid(), signal.SIGTERM)
     return prepare(trainer, inputs)
 CAPOTrainer._generate_and_score_completions = varied
@@ -81,19 +81,34 @@ sys.exit(grpo.main())
 
 
 def test_one_rank_stops_all(tmp_path, lab_policy):
-    """The signal reaches one process of two; both stop after the same step, and the node says why."""
+    """The signal reaches one process of two; both stop after the same step, the node says why, and both go on."""
     (tmp_path / "rank.py").write_text(RANK)
-    node = [sys.executable, "-m", "open_r1_capo.node", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
-    node += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
-    arguments = command(tmp_path, lab_policy, "max_steps=3", "save_steps=3")
-    done = subprocess.run([*node, str(tmp_path / "rank.py"), *arguments], capture_output=True, text=True, timeout=400)
+
+    def ranks(root, signalled=""):
+        node = [sys.executable, "-m", "open_r1_capo.node", "--multi_gpu", "--num_machines", "1", "--num_processes"]
+        node += ["2", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+        arguments = command(tmp_path / root, lab_policy, "max_steps=3", "save_steps=3")
+        environment = os.environ | {"SIGNALLED": signalled}
+        return subprocess.run(
+            [*node, str(tmp_path / "rank.py"), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=400,
+            env=environment,
+        )
+
+    done = ranks("parts", signalled="1")
     assert done.returncode == PREEMPTED, done.stderr
     assert done.stderr.count("stopped by SIGTERM at step 2; the same command goes on") == 1
-    folder = tmp_path / "capo_aggressive" / "lab" / "seed0"
+    folder = tmp_path / "parts" / "capo_aggressive" / "lab" / "seed0"
     saved, _ = newest_complete(folder / "checkpoints")
     assert saved.name == "checkpoint-2"
     assert [row["step"] for row in metrics(folder)] == [1, 2]
     assert len(list(saved.glob("rng_state_*.pth"))) == 2
+    for root in ("parts", "whole"):
+        done = ranks(root)
+        assert done.returncode == 0, done.stderr
+    assert metrics(folder) == metrics(tmp_path / "whole" / "capo_aggressive" / "lab" / "seed0")
 
 
 def free_port():

@@ -17,7 +17,7 @@ import cluster
 ROOT = Path(__file__).resolve().parents[2]
 REASON = cluster.missing()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-SMALL = "completions_per_step=16 num_generations=4 max_completion_length=16 evaluation.problems=0 learning_rate=1e-3"
+SMALL = "completions_per_step=16 num_generations=4 max_completion_length=16 evaluation.problems=0 learning_rate=2e-4"
 PATIENCE = 900  # seconds for a job of a few steps; most of it is the start of Python on a busy machine
 
 
