@@ -6,13 +6,17 @@
 EVAL_FLAGS = $(foreach name,MODEL RUN TASKS SAMPLES LIMIT DATA OUT BACKEND MAX_TOKENS TEMPERATURE TOP_P,$(if \
 	$($(name)),--$(subst _,-,$(shell echo $(name) | tr A-Z a-z)) '$($(name))'))
 
-.PHONY: eval eval-model data-check eval-gold mechanism
+.PHONY: eval eval-model data-check eval-gold mechanism serve
 eval-model:
 	@$(if $(MODEL)$(RUN),,echo "eval: give MODEL=<folder or hub id> or RUN=<run folder>" >&2; exit 2)
 
 eval: eval-model $(STAMP) .venv-eval/.ready $(if $(filter transformers,$(BACKEND)),,.venv-vllm/.tried) ## evaluate MODEL=… or RUN=… on the eight test sets [TASKS= SAMPLES= LIMIT= DATA= OUT= BACKEND=]
 	@$(BIN)/python eval/run.py $(EVAL_FLAGS)
 	@$(if $(RUN),test ! -f '$(RUN)/summary.json' || $(BIN)/python -m open_r1_capo.report '$(RUN)')
+
+serve: $(STAMP) .venv-vllm/.tried ## serve MODEL=lab|<folder>|<hub id> with vLLM for training [HOST= PORT=8000 TP= DP=]
+	@$(BIN)/python -m open_r1_capo.generation.serve --model '$(or $(MODEL),lab)' $(foreach name,HOST PORT TP DP,$(if \
+	  $($(name)),--$(shell echo $(name) | tr A-Z a-z) '$($(name))'))
 
 data-check: $(STAMP) ## list training problems that are also in a test set [DATA=<folder> TRAIN=math_train_12000]
 	@$(BIN)/python eval/data_check.py $(if $(DATA),--data '$(DATA)') $(if $(TRAIN),--train '$(TRAIN)')

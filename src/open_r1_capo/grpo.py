@@ -33,6 +33,9 @@ from open_r1_capo.callbacks import RunCallback
 from open_r1_capo.checkpoint import CheckpointError, newest_complete
 from open_r1_capo.configs import ConfigError, RunConfig, build
 from open_r1_capo.data import SYSTEM_PROMPT, DataError, load_problems, to_prompts
+from open_r1_capo.generation.adapter import attach
+from open_r1_capo.generation.backend import GenerationError
+from open_r1_capo.generation.choice import backend_for
 from open_r1_capo.lab.policy import LabError, base_policy, held_out_accuracy, suite_accuracy
 from open_r1_capo.lab.task import problems as lab_problems
 from open_r1_capo.preemption import PREEMPTED, Preempted, Preemption
@@ -43,7 +46,7 @@ from open_r1_capo.run_folder import RunFolder, RunFolderError, write_atomically
 from open_r1_capo.token_records import TokenRecords
 from open_r1_capo.trainer import CAPOTrainer
 
-USER_ERRORS = (ConfigError, DataError, RunFolderError, CheckpointError, LabError)
+USER_ERRORS = (ConfigError, DataError, RunFolderError, CheckpointError, LabError, GenerationError)
 Accuracy = Callable[[], dict[str, float]]
 
 
@@ -270,6 +273,9 @@ def make_trainer(
     Raises:
         ConfigError: the model's weights cannot be loaded, or CAPO cannot model its LM head.
     """
+    backend = backend_for(args, model, config.folder(args.seed))
+    if backend:
+        args.use_vllm = False  # TRL would start its own; `attach` sets it again
     try:
         trainer = kind(
             model=model,
@@ -284,6 +290,8 @@ def make_trainer(
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"the trainer cannot be built: {' '.join(str(error).split())}") from None
     trainer.remove_callback(PrinterCallback)
+    if backend:
+        attach(trainer, backend)
     return trainer
 
 

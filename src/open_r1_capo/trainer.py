@@ -35,6 +35,7 @@ from open_r1_capo.capo.curvature import predicted_kl, sgd_shifts
 from open_r1_capo.capo.planning import AdaptedRate, NormGuard, StepBudget
 from open_r1_capo.capo_config import CAPOConfig
 from open_r1_capo.features import captured_hidden_states, check_head, policy_support, predicting
+from open_r1_capo.generation.comparison import SamplingComparison
 from open_r1_capo.measure import measure, metrics
 from open_r1_capo.token_records import TokenRecords
 from open_r1_capo.update import Part, draw, gather_selection, gradient_scale, select, subsets, sum_rows
@@ -73,6 +74,7 @@ class CAPOTrainer(GRPOTrainer):
         )
         self._learns = capo.plans_steps and (adapts or capo.step_feedback)
         self.guard = NormGuard(capo.skip_gradient_norm)
+        self.comparison = SamplingComparison()
         self.seconds: dict[str, float] = defaultdict(float)
         self._micro_batch: dict[str, Any] | None = None
         self._parts: list[Part] = []
@@ -110,6 +112,7 @@ class CAPOTrainer(GRPOTrainer):
     # --- the seam ----------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model, inputs):
+        self.comparison.expect(inputs if self._fresh_from_vllm else None)
         if self.capo.mode == "off" or not self.model.training:
             return super()._compute_loss(model, inputs)
         self._micro_batch = inputs
@@ -124,9 +127,12 @@ class CAPOTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         call = (model, input_ids, attention_mask, logits_to_keep, *args)
         if self._micro_batch is None:  # the old or the reference policy's, or an evaluation
-            return super()._get_per_token_logps_and_entropies(*call, **kwargs)
+            found = super()._get_per_token_logps_and_entropies(*call, **kwargs)
+            self.comparison.see(found[0])
+            return found
         with captured_hidden_states(self._policy) as captured:
             logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*call, **kwargs)
+        self.comparison.see(logps)
         with self._clock("curvature"), torch.no_grad():
             part = self._judge(torch.cat(captured), input_ids, attention_mask, entropies)
             self._parts.append(part)
@@ -135,6 +141,12 @@ class CAPOTrainer(GRPOTrainer):
             # a weight of 0 stops even a gradient that is not finite
             logps.register_hook(lambda gradient: torch.where(scale > 0, gradient * scale, 0).to(gradient.dtype))
         return logps, entropies, aux_loss
+
+    @property
+    def _fresh_from_vllm(self) -> bool:
+        """Whether the sampler had this step's weights, and TRL does not compare its log-probabilities itself."""
+        fresh = self.use_vllm and self._last_loaded_step == self.state.global_step
+        return fresh and self.model.training and not self.vllm_importance_sampling_correction
 
     def _judge(self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor, entropies: Tensor) -> Part:
         """Propose, measure and select the tokens of one micro-batch, and hand the accepted ones to the step model."""
@@ -300,7 +312,7 @@ class CAPOTrainer(GRPOTrainer):
             if self.capo.mode == "off":  # nobody counted them
                 del counters["accepted_tokens"]
             logs |= counters | {f"time/{name}": value for name, value in self.seconds.items()}
-            logs |= {"time/train": train, "time/total": total}
+            logs |= {"time/train": train, "time/total": total, **self.comparison.metrics(self.accelerator)}
             self.seconds.clear()
         super().log(logs, start_time)
 

@@ -1,0 +1,150 @@
+"""What a generation backend does, and how often it is asked again when it does not answer."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+ATTEMPTS = 5  # of one call, the first included: with the waits below 15 s of silence
+FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds
+
+
+class GenerationError(RuntimeError):
+    """Completions cannot be generated; the message is for the user."""
+
+
+class Unavailable(GenerationError):
+    """A backend does not answer, or not as it should: worth another attempt."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Attributes:
+        max_tokens: longest completion.
+        temperature: divides the logits.
+        top_p: probability that the kept tokens have together.
+        top_k: tokens kept; 0 keeps all.
+        min_p: tokens below this share of the likeliest one's probability are dropped.
+        repetition_penalty: 1 is none.
+        stop_token_ids: any of them ends a completion, and is its last token.
+        extra: further fields of vLLM's sampling parameters.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def request(self) -> dict[str, Any]:
+        """The fields of a vLLM request, without its seed and its number of completions."""
+        names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        plain = {name: getattr(self, name) for name in names}
+        # 0: of the sampled tokens alone
+        return {**plain, "stop_token_ids": list(self.stop_token_ids), "logprobs": 0, **self.extra}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion.
+
+    Attributes:
+        ids: its tokens, the one that ended it included.
+        logps: log-probability of each under the sampling distribution; NaN where the backend knows none.
+    """
+
+    ids: list[int]
+    logps: list[float]
+
+
+class Backend(ABC):
+    """Something that holds a copy of the policy and samples from it.
+
+    Attributes:
+        shared: whether one of them serves all training processes; otherwise each process has its own.
+    """
+
+    shared = False
+
+    @abstractmethod
+    def start(self) -> None:
+        """Wait until it is ready.
+
+        Raises:
+            GenerationError: it cannot be used.
+        """
+
+    @abstractmethod
+    def sync(self, folder: Path) -> None:
+        """Take new weights.
+
+        Args:
+            folder: holds them as `model.safetensors`; it stays until the next call.
+
+        Raises:
+            GenerationError: it is gone for good.
+        """
+
+    @abstractmethod
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
+        """Draw a completion of every prompt.
+
+        Args:
+            prompts: token ids; equal ones that follow each other may be drawn together.
+            sampling: how.
+            seed: the i-th completion is drawn with seed + i, whatever else is drawn beside it.
+
+        Returns:
+            The completions, in the prompts' order.
+
+        Raises:
+            GenerationError: it is gone for good.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give everything back; safe to call twice."""
+
+
+def retry(
+    action: Callable[[], Result],
+    recover: Callable[[], None] = lambda: None,
+    attempts: int = ATTEMPTS,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Result:
+    """Do something that may need several attempts, waiting twice as long before each.
+
+    Args:
+        action: what to do.
+        recover: called before every further attempt; may itself raise `Unavailable`.
+        attempts: how many, the first included.
+        sleep: waits for seconds.
+
+    Returns:
+        What the action returned.
+
+    Raises:
+        Unavailable: that of the last attempt.
+    """
+    attempt = 0
+    while True:
+        try:
+            if attempt:
+                recover()
+            return action()
+        except Unavailable:
+            attempt += 1
+            if attempt >= attempts:
+                raise
+            sleep(min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)))
