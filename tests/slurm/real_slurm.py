@@ -130,7 +130,7 @@ def test_an_array_of_seeds_and_its_evaluation(slurm, checkout, submit, run):
     assert first != second
     if not (ROOT / ".venv-eval" / ".ready").is_file():
         pytest.skip("no environment to evaluate in: make eval MODEL=lab builds it")
-    words = [f"RUN={folders[0].relative_to(checkout)}", "BACKEND=transformers", "LIMIT=2", "TASKS=base"]
+    words = [f"RUN={folders[0].relative_to(checkout)}", "BACKEND=transformers", "LIMIT=2", "TASKS=lab_base"]
     told = run("slurm/evaluate.slurm", *words, SBATCH_GRES="none")
     evaluation = int(re.search(r"job (\d+)", told)[1])
     wait_for_end(slurm, checkout, evaluation)
