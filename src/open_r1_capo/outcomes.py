@@ -1,4 +1,4 @@
-"""What became of a run, by stated rules on its in-training accuracy: the metric `reward`, fresh problems every step."""
+"""What became of a run, by stated rules on its in-training accuracy: the metric `reward`, on fresh problems."""
 
 from __future__ import annotations
 
