@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="list the missing runs")
     parser.add_argument("hydra", nargs="*", help="settings of the launcher, such as hydra.launcher.partition=gpu")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)  # make puts options between the name and the settings
     try:
         experiment = load(options.name or "", options.scale, options.seeds)
         check(experiment)
