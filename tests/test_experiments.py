@@ -173,7 +173,7 @@ def test_a_sweep_of_real_runs(folder, lab_policy, tmp_path, capsys):
     runs = [experiment.folder(experiment.arms[0], seed) for seed in (2, 3)]
     numbers = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
     assert [len(rows) for rows in numbers] == [2, 2]
-    assert numbers[0][0]["grad_norm"] != numbers[1][0]["grad_norm"]
+    assert numbers[0][0]["entropy"] != numbers[1][0]["entropy"]
     (runs[1] / "summary.json").unlink()
     before = (runs[0] / "summary.json").stat().st_mtime_ns
     assert sweep.main(["one", "--jobs", "1"]) == 0
