@@ -95,6 +95,30 @@ def train(settings: dict[str, Any], preemption: Preemption | None = None) -> Non
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     folder = RunFolder(config.folder(args.seed))
+    try:
+        fill(folder, settings, config, args, rewards, preemption)
+    finally:
+        folder.release()
+
+
+def fill(
+    folder: RunFolder,
+    settings: dict[str, Any],
+    config: RunConfig,
+    args: GRPOConfig,
+    rewards: list[Callable],
+    preemption: Preemption | None,
+) -> None:
+    """Train into a run's folder.
+
+    Args:
+        folder: the run's own; it stays locked until its owner releases it.
+        settings: the resolved recipe.
+        config: our settings.
+        args: TRL's.
+        rewards: reward functions.
+        preemption: may stop the run at a checkpoint.
+    """
     folder.check(settings, config.overwrite)
     if folder.finished() and not config.overwrite:
         print("\n".join(["this run has ended (OVERWRITE=1 runs it again)", *summary_lines(folder)]))

@@ -57,6 +57,7 @@ class RunFolder:
         self.path = path
         self.config, self.metrics = path / "config.yaml", path / "metrics.jsonl"
         self.summary, self.checkpoints, self.report = path / "summary.json", path / "checkpoints", path / "report.html"
+        self._lock = None  # an open file, locked
 
     def check(self, settings: dict[str, Any], overwrite: bool) -> None:
         """Refuse early, before minutes of work, what `claim` would refuse; writes nothing.
@@ -122,7 +123,7 @@ class RunFolder:
         shutil.rmtree(aside, ignore_errors=True)
 
     def _take_lock(self) -> None:
-        """Keep other processes out until this one ends, however it ends."""
+        """Keep other runs out until `release`, or until this process ends, however it ends."""
         if fcntl is None:
             return
         self._lock = self.config.open("r+")
@@ -130,6 +131,11 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunFolderError(f"another process is training in {self.path}") from None
+
+    def release(self) -> None:
+        """Let another run, of this process too, take the folder."""
+        if self._lock is not None:
+            self._lock.close()
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run that has ended, or None."""
