@@ -58,7 +58,7 @@ def plan_7b(*overrides, recipe="capo_aggressive", gpu="h100", **machines):
 def test_parameters_are_the_models(shape):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config(shape))
-    model.tie_weights()  # a model that failed to load before leaves transformers without its initialisation
+    model.tie_weights()  # whether from_config ties on meta depends on what this process has loaded before
     assert model.num_parameters() == shape.parameters
 
 
