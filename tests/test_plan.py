@@ -58,8 +58,9 @@ def plan_7b(*overrides, recipe="capo_aggressive", gpu="h100", **machines):
 def test_parameters_are_the_models(shape):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config(shape))
-    model.tie_weights()  # whether from_config ties on meta depends on what this process has loaded before
-    assert model.num_parameters() == shape.parameters
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    twice = head.numel() if shape.tied and head is not embedding else 0  # tying is left out while another thread loads
+    assert model.num_parameters() - twice == shape.parameters
 
 
 @pytest.mark.parametrize("kind", [Qwen2Config, Qwen3Config, LlamaConfig])
