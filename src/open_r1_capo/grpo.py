@@ -95,6 +95,10 @@ def train(settings: dict[str, Any], preemption: Preemption | None = None) -> Non
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     folder = RunFolder(config.folder(args.seed))
+    folder.check(settings, config.overwrite)
+    if folder.finished() and not config.overwrite:
+        print("\n".join(["this run has ended (OVERWRITE=1 runs it again)", *summary_lines(folder)]))
+        return
     try:
         fill(folder, settings, config, args, rewards, preemption)
     finally:
@@ -119,11 +123,6 @@ def fill(
         rewards: reward functions.
         preemption: may stop the run at a checkpoint.
     """
-    folder.check(settings, config.overwrite)
-    if folder.finished() and not config.overwrite:
-        print("\n".join(["this run has ended (OVERWRITE=1 runs it again)", *summary_lines(folder)]))
-        return
-
     # --- the policy and its data -------------------------------------------------------------------------------------
     model = str(base_policy(settings=config.lab)) if config.model_name_or_path == "lab" else config.model_name_or_path
     tokenizer = load_tokenizer(model)
