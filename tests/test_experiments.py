@@ -58,6 +58,9 @@ def test_arms_grids_and_folders(folder):
     assert str(found.folder(found.arms[2], 2)) == last
     assert [(arm.label, seed) for arm, seed in found.runs()][:4] == [("A", 2), ("B", 2), ("B", 2), ("A", 3)]
     assert found.common == ("evaluation.problems=0", "save_strategy='no'")
+    folder("two", title="Two", seeds=[2], arms=arms, lab={"evaluation.problems": 9})
+    assert load("two", "lab_wide").common == ("evaluation.problems=9", "save_strategy='no'")
+    assert load("two", "qwen2.5-math-7b").common == ()
     assert load("one", "qwen2.5-math-7b").common == ()
 
 

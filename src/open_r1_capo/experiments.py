@@ -19,7 +19,7 @@ import yaml
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "recipes" / "experiments"
 COMMON = "common"  # the file of settings that every run of a scale shares
 OUTPUTS = Path("outputs/experiments")
-KEYS = {"title", "extends", "only", "seeds", "arms", "search"}
+KEYS = {"title", "extends", "only", "seeds", "arms", "search", "lab"}  # lab: what it changes of COMMON's there
 ARM_KEYS = {"label", "recipe", "overrides", "grid"}
 
 
@@ -131,7 +131,8 @@ def load(name: str, scale: str = "lab", seeds: int | None = None) -> Experiment:
     only = content.get("only", [arm.label for arm in arms])
     if absent := set(only) - {arm.label for arm in arms}:
         raise ExperimentError(f"recipes/experiments/{name}.yaml has no arm {min(absent)!r}, which 'only' names")
-    common = yaml.safe_load((EXPERIMENTS / f"{COMMON}.yaml").read_text()).get(scale.partition("_")[0], {})
+    family = scale.partition("_")[0]
+    common = yaml.safe_load((EXPERIMENTS / f"{COMMON}.yaml").read_text()).get(family, {}) | content.get(family, {})
     return Experiment(
         name=name,
         title=content["title"],
