@@ -163,8 +163,9 @@ FIGURES = {
     "tuning_methods": Entry(tables.tuning, tables.ACTS),
     "tuning_rivals": Entry(tables.tuning, tables.ACTS),
     "efficiency": Entry(tables.efficiency, (TEST,)),
-    "transfer": Entry(tables.transfer, (TEST,), scales=True),
-    "transfer_batch": Entry(tables.transfer, (TEST,), scales=True),
+    "transfer": Entry(tables.transfer, tables.ACTS, scales=True),
+    "transfer_batch": Entry(tables.transfer, tables.ACTS, scales=True),
+    "variants": Entry(tables.transfer, tables.ACTS, scales=True),
 }
 
 

@@ -321,13 +321,15 @@ def transfer(scales: Sequence[Data], smooth: float = 0.0) -> Result:
         for line in data.lines:
             label = (line.arm.label, *line.arm.overrides)
             labels[label] = None
-            numbers.setdefault(data.experiment.scale, {})[label] = outcome(line, base) | {"base": base}
+            acted = {"base": base, "acted_on": float(np.mean([acted_on(run) for run in line.runs]))}
+            numbers.setdefault(data.experiment.scale, {})[label] = outcome(line, base) | acted
     rows = [["base policy", "", *(number(next(iter(arms.values()))["base"]) for arms in numbers.values())]]
     for label in labels:
         cells = [label[0], ", ".join(label[1:])]
         for arms in numbers.values():
             found = arms.get(label)
             text = f"{spread(found['last'])} ({found['usable']}/{found['n']})" if found else "–"
+            text += f", {found['acted_on']:.1%}" if found and found["acted_on"] else ""
             rivals = [np.mean(one["last"]) for name, one in arms.items() if name[0] == label[0]]
             best = found and len(rivals) > 1 and np.mean(found["last"]) == max(rivals)
             cells.append(f"**{text}**" if best else text)
@@ -335,12 +337,17 @@ def transfer(scales: Sequence[Data], smooth: float = 0.0) -> Result:
     title = scales[0].experiment.title
     seeds = "; ".join(f"{data.experiment.scale}: {data.seeds}" for data in scales)
     notes = (
-        f"Last in-training accuracy, mean ± standard error over seeds (usable seeds / n); "
-        f"bold: the best of an arm's settings. {RULES} {seeds}."
+        f"Last in-training accuracy, mean ± standard error over seeds (usable seeds / n), share of tokens rejected or "
+        f"scaled where there are any; bold: the best of an arm's settings. {RULES} {seeds}."
     )
     plain = {scale: {", ".join(label): found for label, found in arms.items()} for scale, arms in numbers.items()}
     table = markdown(title, ["arm", "settings", *numbers], rows, notes)
     return Result({"name": scales[0].name, "title": title, "scales": plain}, table=table)
+
+
+def acted_on(run: Run) -> float:
+    """The mean share of a run's tokens that were rejected or scaled."""
+    return float(sum(np.nan_to_num(run.columns[key]).mean() for key in ACTS))
 
 
 TUNING_HALF = 0.5  # docs/protocol.md: the mean reward of the second half of a run decides
@@ -362,8 +369,7 @@ def tuning(data: Data, smooth: float = 0.0) -> Result:
     for line in data.lines:
         name = ", ".join(item for item in line.arm.overrides if item not in shared)
         halves = [run.rewards[int(len(run.rewards) * TUNING_HALF) :] for run in line.runs]
-        acts = [float(sum(np.nan_to_num(run.columns[key]).mean() for key in ACTS)) for run in line.runs]
-        found = {"reward": [float(np.mean(half)) for half in halves], "acted_on": acts}
+        found = {"reward": [float(np.mean(half)) for half in halves], "acted_on": [acted_on(run) for run in line.runs]}
         numbers.setdefault(line.arm.label, {})[name] = found
     for label, settings in numbers.items():
         best = max(float(np.mean(found["reward"])) for found in settings.values())
