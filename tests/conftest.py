@@ -9,9 +9,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def transformers_stays_whole():
+    """Loading a model replaces its tying for a while; two threads that load at once can leave it replaced for good."""
+    tying = PreTrainedModel.tie_weights
+    yield
+    found, PreTrainedModel.tie_weights = PreTrainedModel.tie_weights, tying  # one culprit, not all tests after it
+    assert found is tying
 
 
 @pytest.fixture(scope="session")

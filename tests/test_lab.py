@@ -1,5 +1,6 @@
 """The lab: problems and texts, the tokenizer, the cache of pretrained policies, and the held-out measurement."""
 
+import copy
 import json
 import random
 import shutil
@@ -239,11 +240,11 @@ def test_unwritable_cache_is_one_clear_sentence(tmp_path):
 
 
 def test_two_makers_at_once_give_one_whole_folder(tmp_path, folder, monkeypatch):
-    ready = threading.Barrier(2)
+    ready, model = threading.Barrier(2), AutoModelForCausalLM.from_pretrained(folder)  # not in threads: it patches
 
     def make(*_):
         ready.wait(timeout=10)  # both train at the same time, as where files cannot be locked
-        return AutoModelForCausalLM.from_pretrained(folder)
+        return copy.deepcopy(model)
 
     monkeypatch.setattr(policy.pretrain, "pretrain", make)
     target = tmp_path / folder.name
