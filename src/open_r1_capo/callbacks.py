@@ -13,6 +13,8 @@ from transformers import TrainerCallback, TrainerState
 from open_r1_capo.run_folder import RunFolder
 from open_r1_capo.trainer import CAPOTrainer
 
+SKIPPED = 10  # updates in a row that were not taken, after which the user is told
+
 
 class RunCallback(TrainerCallback):
     """Writes a metrics line for each optimizer step and shows how far the run is.
@@ -34,7 +36,7 @@ class RunCallback(TrainerCallback):
         every: int = 10,
     ):
         self.trainer, self.folder, self.accuracy, self.suite, self.every = trainer, folder, accuracy, suite, every
-        self.first_step, self.start = 0, time.time()
+        self.first_step, self.start, self.skipped = 0, time.time(), 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Measure the base policy, and start the clock of the remaining time."""
@@ -64,6 +66,13 @@ class RunCallback(TrainerCallback):
             return
         row = {"step": state.global_step, **{k: v for k, v in logs.items() if not k.startswith("eval_")}}
         self.folder.append_metrics(row)
+        self.skipped = self.skipped + 1 if row.get("capo/skipped_step") else 0
+        if self.skipped == SKIPPED:
+            show(
+                f"warning: none of the last {SKIPPED} updates was taken, as their gradients were not finite or too "
+                "large: the policy stands still; see capo/skipped_step and grad_norm in metrics.jsonl",
+                last=True,
+            )
         done = state.global_step - self.first_step
         left = (time.time() - self.start) / done * (state.max_steps - state.global_step)
         show(progress(row, state.max_steps, left), last=state.global_step == state.max_steps)

@@ -1,8 +1,9 @@
 """CAPO's part of a checkpoint, and whether a checkpoint is complete.
 
 Beside what the trainer writes, a checkpoint folder holds `capo/state.safetensors` (the optimizer model's moments,
-its settings and the run's counters) and, written last, `complete.json`: the size of every file and, for files up
-to 64 MB, its SHA-256. A folder without it, or that does not match it, was cut off or damaged.
+its settings and the run's counters) and, written last, `complete.json`: how many processes wrote it, the size of
+every file and, for files up to 64 MB, its SHA-256. A folder without it, or that does not match it, was cut off or
+damaged.
 """
 
 from __future__ import annotations
@@ -79,14 +80,21 @@ def load_state(folder: Path, step_model: AdamStep | SGDStep) -> dict[str, Any]:
     return header["extra"]
 
 
-def seal(folder: Path) -> None:
-    """Declare a checkpoint folder complete by listing its files; written last and atomically."""
+def seal(folder: Path, processes: int = 1) -> None:
+    """Declare a checkpoint folder complete by listing its files; written last and atomically.
+
+    Args:
+        folder: the checkpoint's.
+        processes: how many wrote it.
+    """
     listing = {
         str(path.relative_to(folder)): _fingerprint(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != SEAL
     }
-    (folder / (SEAL + ".part")).write_text(json.dumps({"version": VERSION, "files": listing}, indent=1))
+    (folder / (SEAL + ".part")).write_text(
+        json.dumps({"version": VERSION, "processes": processes, "files": listing}, indent=1)
+    )
     os.replace(folder / (SEAL + ".part"), folder / SEAL)
 
 
@@ -124,6 +132,34 @@ def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
             return path, skipped
         skipped.append(f"{path} is not usable: {wrong}")
     return None, skipped
+
+
+def check_processes(folder: Path, now: int, allowed: bool) -> str | None:
+    """Refuse to go on with another number of processes: each draws its completions from random numbers of its own.
+
+    Args:
+        folder: a complete checkpoint.
+        now: processes of this launch.
+        allowed: whether the user accepts another run than the uninterrupted one.
+
+    Returns:
+        A sentence about what was accepted; None if the numbers are equal or the checkpoint does not tell.
+
+    Raises:
+        CheckpointError: the numbers differ, and that is not allowed or, with DeepSpeed's shards, not possible.
+    """
+    before = json.loads((folder / SEAL).read_text()).get("processes", now)
+    if before == now:
+        return None
+    said = f"{folder} was written by {before} process{'es' if before > 1 else ''}, and this launch has {now}"
+    if any(folder.glob("global_step*")):
+        raise CheckpointError(f"{said}: DeepSpeed's shards fit their own number alone, so launch {before}")
+    if not allowed:
+        raise CheckpointError(
+            f"{said}: they would draw other completions, so it would not be the same run; launch {before}, or accept "
+            "that with allow_other_processes=true"
+        )
+    return f"{said}: from here on it is not exactly the uninterrupted run"
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

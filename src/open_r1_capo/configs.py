@@ -104,6 +104,7 @@ class RunConfig:
         output_root: the run's folder is <output_root>/<recipe>[,<variant>]/<scale>/seed<seed>.
         variant: a name for what was changed in the recipe, such as `learning_rate=0.0004`.
         overwrite: throw an older run of the same folder away.
+        allow_other_processes: go on with another number of processes, though not exactly.
         token_records: what became of each token is kept of the `notable` steps, of `all`, or of `none`.
         capo: see `CAPOConfig`.
         data: see `DataConfig`.
@@ -126,6 +127,7 @@ class RunConfig:
     output_root: str = "outputs"
     variant: str = ""
     overwrite: bool = False
+    allow_other_processes: bool = False
     token_records: str = "notable"
     capo: CAPOConfig = field(default_factory=CAPOConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -30,8 +30,8 @@ from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig
 
 from open_r1_capo.callbacks import RunCallback
-from open_r1_capo.checkpoint import CheckpointError, newest_complete
-from open_r1_capo.configs import ConfigError, RunConfig, build
+from open_r1_capo.checkpoint import CheckpointError, check_processes, newest_complete
+from open_r1_capo.configs import ConfigError, RunConfig, build, world_size
 from open_r1_capo.data import SYSTEM_PROMPT, DataError, load_problems, to_prompts
 from open_r1_capo.generation.adapter import attach
 from open_r1_capo.generation.backend import GenerationError
@@ -48,6 +48,11 @@ from open_r1_capo.trainer import CAPOTrainer
 
 USER_ERRORS = (ConfigError, DataError, RunFolderError, CheckpointError, LabError, GenerationError)
 Accuracy = Callable[[], dict[str, float]]
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would be larger than ulimit -f allows",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -136,6 +141,7 @@ def fill(
             resume, notes = undo.enter_context(claim)
         if not main_process:
             resume, _ = newest_complete(folder.checkpoints)
+        other = check_processes(resume, world_size(), config.allow_other_processes) if resume else None
         tell_wandb(config, args, folder)
         trainer = make_trainer(config, args, rewards, model, tokenizer, dataset)
         accuracy, suite = held_out(config, trainer, tokenizer)
@@ -145,6 +151,8 @@ def fill(
         before = accuracy() if accuracy else None
     for note in notes:
         say(f"{note}; going on from {resume or 'the beginning'}")
+    if other:
+        say(other)
     if main_process:
         folder.trim_metrics(int(resume.name.rpartition("-")[2]) if resume else 0)
 
@@ -350,9 +358,11 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, USER_ERRORS):
         return str(error)
     text = str(error)
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
-    if full or "PytorchStreamWriter failed" in text:
-        return "the disk is full: make room, then the same command goes on from the last complete checkpoint"
+    for code, what in FULL.items():
+        if getattr(error, "errno", None) == code or os.strerror(code) in text:
+            return f"{what}: make room, then the same command goes on from the last complete checkpoint"
+    if "PytorchStreamWriter failed" in text:  # it keeps the reason to itself
+        return explain(OSError(errno.ENOSPC, ""))
     return None
 
 

@@ -353,7 +353,7 @@ class CAPOTrainer(GRPOTrainer):
             checkpoint.save_state(folder, self.step_model, extra)
         self.accelerator.wait_for_everyone()  # the other ranks' shards are part of a complete checkpoint
         if self.args.should_save:
-            checkpoint.seal(folder)
+            checkpoint.seal(folder, self.accelerator.num_processes)
 
     def _load_optimizer_and_scheduler(self, folder):
         super()._load_optimizer_and_scheduler(folder)
