@@ -141,9 +141,7 @@ def test_a_policy_with_filler_knows_the_words(tmp_path):
 
 
 def test_scales_of_the_lab():
-    assert set(SCALES) == {
-        f"lab_{name}" for name in ("heavy", "light", "long", "minus", "more", "sharp", "wide", "words")
-    }
+    assert set(SCALES) == {f"lab_{name}" for name in ("heavy", "light", "long", "more", "sharp", "wide", "words")}
     base = compose_recipe("capo_aggressive", [])
     for scale in SCALES:
         settings = compose_recipe("capo_aggressive", [f"scale={scale}"])
@@ -192,8 +190,8 @@ def test_settings_that_another_policy_does_not_read_are_refused():
 
 
 def test_the_training_problems_are_of_the_variant(tiny_tokenizer):
-    run, _ = build(compose_recipe("capo_aggressive", ["scale=lab_minus", "data.problems=5"]))
+    run, _ = build(compose_recipe("capo_aggressive", ["scale=lab_more", "data.problems=5"]))
     rows = load_dataset(run, tiny_tokenizer, 3)
-    wanted = task.problems("train", 5, seed=3, variant="subtraction")
+    wanted = task.problems("train", 5, seed=3, variant="more_terms")
     assert [row["prompt"][-1]["content"] for row in rows] == [row["problem"] for row in wanted]
-    assert any("-" in row["problem"] for row in wanted)
+    assert all(row["problem"].count("+") == 5 for row in wanted)
