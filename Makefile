@@ -21,12 +21,12 @@ TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
-.PHONY: help install train experiment eval test test-slurm quality style figures plan report compare
+.PHONY: help install train experiment eval test test-slurm test-faults quality style figures plan report compare
 
 help: ## this list
 	@echo "open-r1-capo — make <verb> [NAME=value …]"
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  \1\t/' | expand -t 14
-	@echo "recipes: $(sort $(filter-out base,$(basename $(notdir $(wildcard recipes/*.yaml)))))" | fold -s -w 100
+	@echo "recipes: $(sort $(filter-out base,$(basename $(notdir $(wildcard recipes/*.yaml)))))" | fold -s -w 140
 
 install: $(STAMP) ## set up .venv (done by every other verb when it is missing or older than setup.py)
 
@@ -52,6 +52,9 @@ test: $(STAMP) ## unit and integration tests
 
 test-slurm: $(STAMP) ## the job scripts under a real Slurm of two stand-in nodes, if its daemons are installed
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider tests/slurm/real_slurm.py $(ARGS)
+
+test-faults: $(STAMP) ## runs killed, robbed of their server, their disk, their files; each must end as if nothing had happened [TIMES=10]
+	@OMP_NUM_THREADS=1 TIMES=$(TIMES) VLLM=$(VLLM) $(BIN)/python -m pytest -q -p no:cacheprovider tests/faults/drills.py $(ARGS)
 
 quality: $(STAMP) ## formatting, lint, documentation rules
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

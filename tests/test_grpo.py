@@ -104,8 +104,8 @@ def test_a_finished_run_is_not_run_again(finished, capsys, lab_policy):
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
-def same_run(folder, reference):
-    ours, theirs = folder / "checkpoints" / "checkpoint-6", reference / "checkpoints" / "checkpoint-6"
+def same_run(folder, reference, last=6):
+    ours, theirs = (path / "checkpoints" / f"checkpoint-{last}" for path in (folder, reference))
     for name in ("model.safetensors", "capo/state.safetensors"):
         a, b = load_file(ours / name), load_file(theirs / name)
         assert a.keys() == b.keys()
