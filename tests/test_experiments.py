@@ -187,6 +187,12 @@ def test_a_sweep_of_real_runs(folder, lab_policy, tmp_path, capsys):
     assert "2 of 2 runs done" in capsys.readouterr().err
     assert sweep.main(["one", "--dry-run"]) == 0
     assert capsys.readouterr().out.strip() == ""
+    config = runs[0] / "config.yaml"
+    config.write_text(config.read_text().replace("step_policy_shift: 0.0003", "step_policy_shift: 0.1"))
+    assert sweep.main(["one", "--jobs", "1"]) == 2
+    said = capsys.readouterr().err
+    assert f"{runs[0]} was run with other settings than its recipe has now (capo was" in said
+    assert json.loads((runs[0] / "metrics.jsonl").read_text().splitlines()[0]) == numbers[0][0]
 
 
 def test_a_run_that_fails_leaves_the_others_alone(folder, lab_policy, tmp_path, capsys):

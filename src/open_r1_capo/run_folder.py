@@ -13,11 +13,13 @@ A folder belongs to the settings it was made with: the same settings resume it, 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
 import shutil
 import subprocess
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -75,9 +77,13 @@ class RunFolder:
         if not self.path.is_dir():
             raise RunFolderError(f"{self.path} is a file, not a run's folder: choose another output_root")
         if any(self.path.iterdir()):
-            theirs = self._their_settings()
-            if not overwrite:
-                self._check_same(theirs, settings)
+            differing = self.differences(settings)
+            if differing and not overwrite:
+                key, (theirs, ours) = next(iter(differing.items()))
+                raise RunFolderError(
+                    f"{self.path} belongs to a run with other settings ({', '.join(differing)}; {key} was {theirs!r}, "
+                    f"now {ours!r}): choose another output_root, or throw the old run away with OVERWRITE=1"
+                )
 
     @contextmanager
     def claim(self, settings: dict[str, Any], overwrite: bool) -> Iterator[tuple[Path | None, list[str]]]:
@@ -99,29 +105,46 @@ class RunFolder:
         self.check(settings, overwrite)
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         fresh = overwrite or not self.path.exists() or not any(self.path.iterdir())
+        made = False  # by us, so that it may be thrown away
         try:
             try:
-                if overwrite and self.path.exists():
+                if overwrite and self.config.exists():
                     self._take_lock()
                     os.rename(self.path, aside)
-                self.path.mkdir(parents=True, exist_ok=True)
                 if fresh:
-                    content = OmegaConf.create({**settings, "environment": environment()})
-                    write_atomically(self.config, OmegaConf.to_yaml(content))
-                self._take_lock()
+                    self._make(settings)
+                    made = True
+                else:
+                    self._take_lock()
             except OSError as error:
                 raise RunFolderError(f"{self.path} cannot be written ({error.strerror or error})") from None
             yield (None, []) if fresh else newest_complete(self.checkpoints)
         except BaseException:
-            if fresh:
+            if made:
                 shutil.rmtree(self.path, ignore_errors=True)
-                if aside.exists():
-                    os.rename(aside, self.path)
-                for folder in missing:
-                    if folder.exists() and not any(folder.iterdir()):
-                        folder.rmdir()
+            if aside.exists() and not self.path.exists():
+                os.rename(aside, self.path)
+            for folder in missing:
+                if folder.exists() and not any(folder.iterdir()):
+                    folder.rmdir()
             raise
         shutil.rmtree(aside, ignore_errors=True)
+
+    def _make(self, settings: dict[str, Any]) -> None:
+        """Put a new folder in its place, which is locked and says what it is from the start: the first maker wins."""
+        new = RunFolder(self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}"))
+        new.path.mkdir(parents=True)
+        try:
+            content = OmegaConf.create({**settings, "environment": environment()})
+            write_atomically(new.config, OmegaConf.to_yaml(content))
+            new._take_lock()
+            os.rename(new.path, self.path)
+        except OSError as error:
+            shutil.rmtree(new.path, ignore_errors=True)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise RunFolderError(f"another process is training in {self.path}") from None
+            raise
+        self._lock = new._lock
 
     def _take_lock(self) -> None:
         """Keep other runs out until `release`, or until this process ends, however it ends."""
@@ -184,18 +207,21 @@ class RunFolder:
         del theirs["environment"]
         return theirs
 
-    def _check_same(self, theirs: dict[str, Any], settings: dict[str, Any]) -> None:
-        ours = OmegaConf.to_container(OmegaConf.create(settings))
-        differing = sorted(
-            key for key in ours.keys() | theirs.keys() if key not in NOT_IDENTITY and ours.get(key) != theirs.get(key)
-        )
-        if differing:
-            key = differing[0]
-            raise RunFolderError(
-                f"{self.path} belongs to a run with other settings ({', '.join(differing)}; {key} was "
-                f"{theirs.get(key)!r}, now {ours.get(key)!r}): choose another output_root, or throw the old run away "
-                "with OVERWRITE=1"
-            )
+    def differences(self, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Compare the settings that make a run what it is.
+
+        Args:
+            settings: a resolved recipe.
+
+        Returns:
+            Theirs and ours, by key, where they differ.
+
+        Raises:
+            RunFolderError: the folder holds something else than a run.
+        """
+        theirs, ours = self._their_settings(), OmegaConf.to_container(OmegaConf.create(settings))
+        keys = sorted((ours.keys() | theirs.keys()) - set(NOT_IDENTITY))
+        return {key: (theirs.get(key), ours.get(key)) for key in keys if theirs.get(key) != ours.get(key)}
 
 
 def environment() -> dict[str, Any]:

@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -32,7 +33,7 @@ from open_r1_capo.configs import ConfigError
 from open_r1_capo.experiments import Arm, Experiment, ExperimentError, known_experiments, load
 from open_r1_capo.outcomes import usable
 from open_r1_capo.recipes import RECIPES, compose_recipe
-from open_r1_capo.run_folder import RunFolder
+from open_r1_capo.run_folder import RunFolder, RunFolderError
 
 Job = tuple[Arm, int]
 SWEEPS = ".sweeps"  # manifests and logs, beside the runs
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         experiment = load(options.name or "", options.scale, options.seeds)
         check(experiment)
-    except (ExperimentError, ConfigError) as error:
+    except (ExperimentError, ConfigError, RunFolderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.dry_run:
@@ -87,17 +88,43 @@ def check(experiment: Experiment) -> None:
     """Compose the arms, so that a mistake in the last one is known before the first has run.
 
     Args:
-        experiment: of a grid, whose arms differ in numbers alone, the first arm is composed.
+        experiment: of a grid, whose arms differ in numbers alone, the first arm is composed, and those with runs.
 
     Raises:
-        ConfigError: an arm's recipe or override is not accepted; names the experiment.
+        ConfigError: an arm's recipe or override is not accepted (names the experiment), or a finished run of it has
+            other settings than the recipe has now.
     """
     kinds = {(arm.recipe, *(item.partition("=")[0] for item in arm.overrides)): arm for arm in experiment.arms[::-1]}
-    for arm in reversed(kinds.values()):
+    for arm in experiment.arms:
+        folders = {seed: RunFolder(experiment.folder(arm, seed)) for seed in experiment.seeds}
+        there = [seed for seed, folder in folders.items() if folder.finished() is not None]
+        if not there and arm not in kinds.values():
+            continue
         try:
-            compose_recipe(arm.recipe, experiment.overrides(arm, experiment.seeds[0]))
+            settings = compose_recipe(arm.recipe, experiment.overrides(arm, experiment.seeds[0]))
         except ConfigError as error:
             raise ConfigError(f"recipes/experiments/{experiment.name}.yaml, {arm.label}: {error}") from None
+        for seed in there:
+            check_current(folders[seed], settings | {"seed": seed})
+
+
+def check_current(folder: RunFolder, settings: dict[str, Any]) -> None:
+    """Refuse a finished run that the recipe no longer describes: a figure would mix two settings under one name.
+
+    Args:
+        folder: of the run.
+        settings: the resolved recipe of today.
+
+    Raises:
+        ConfigError: they differ in more than in what is measured on the side.
+    """
+    differing = {key: both for key, both in folder.differences(settings).items() if key != "evaluation"}
+    if differing:
+        key, (theirs, ours) = next(iter(differing.items()))
+        raise ConfigError(
+            f"{folder.path} was run with other settings than its recipe has now ({key} was {theirs!r}, now {ours!r}): "
+            "move it away or delete it, and the same command makes it again"
+        )
 
 
 def run(experiment: Experiment, settings: Sequence[str]) -> list[Job]:
