@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
@@ -84,7 +86,7 @@ def captured_hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 def completion_hidden_states(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, mask: Tensor
 ) -> Tensor:
-    """One more forward of the backbone: the hidden states that predict the completion tokens in `mask`.
+    """One more forward pass: the hidden states that predict the completion tokens in `mask`.
 
     Args:
         model: the policy without wrappers.
@@ -95,8 +97,20 @@ def completion_hidden_states(
     Returns:
         (N, D) with N = mask.sum().
     """
-    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    return predicting(hidden, mask)
+    with captured_hidden_states(model) as captured:  # FSDP knows the end of a pass by the whole model's
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
+    _reshard(model)
+    return predicting(captured[0], mask)
+
+
+def _reshard(model: PreTrainedModel) -> None:
+    """Let FSDP put the last norm and the head back into shards, which it keeps whole until a backward pass.
+
+    Otherwise `zero_grad` does not find the gradients of their shards, and the next step's are added to them.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def predicting(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -111,7 +125,7 @@ def policy_support(
     """The policy on its top k and the sampled token, without ever holding all N×V logits.
 
     Args:
-        model: the policy, for its LM head; a ZeRO-3 shard is gathered for the duration.
+        model: the policy, for its LM head; the shards of ZeRO-3 and FSDP are gathered for the duration.
         hidden: (N, D), from `predicting`.
         actions: (N,) int64, the sampled tokens.
         temperature: τ, which divides the logits.
@@ -150,13 +164,23 @@ def support_log_probs(model: PreTrainedModel, hidden: Tensor, token_ids: Tensor,
 
 
 def _logit_chunks(model: PreTrainedModel, hidden: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
-    head = model.get_output_embeddings()
-    with maybe_gather_lm_head_ctx(head.weight, head.bias):
-        size = max(1, LOGITS_BYTES // (4 * head.weight.shape[0]))
+    with _gathered_head(model, hidden.dtype) as (weight, bias):
+        size = max(1, LOGITS_BYTES // (4 * weight.shape[0]))
         for start in range(0, len(hidden), size):
             part = slice(start, min(start + size, len(hidden)))
-            logits = torch.nn.functional.linear(hidden[part].to(head.weight.dtype), head.weight, head.bias)
+            logits = torch.nn.functional.linear(hidden[part].to(weight.dtype), weight, bias)
             yield part, logits.float().div_(temperature)
+
+
+@contextmanager
+def _gathered_head(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The LM head's weight (V, D) and bias, whole; every rank must enter, also one without a single token."""
+    head = model.get_output_embeddings()
+    if isinstance(head.weight, DTensor):  # FSDP computes in the hidden states' dtype, whatever that of its shards
+        yield tuple(None if x is None else x.detach().to(dtype).full_tensor() for x in (head.weight, head.bias))
+        return
+    with maybe_gather_lm_head_ctx(head.weight, head.bias):  # ZeRO-3
+        yield head.weight, head.bias
 
 
 def _chunk_support(logits: Tensor, actions: Tensor, top_k: int, with_sums: bool) -> Support:
