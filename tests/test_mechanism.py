@@ -13,6 +13,7 @@ import oracle
 from open_r1_capo import counterfactual, grpo
 from open_r1_capo.capo.selection import TrustRegion
 from open_r1_capo.counterfactual import ARMS, Counterfactual, gradient_split, shuffled, summary
+from open_r1_capo.lab import task
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
@@ -150,3 +151,9 @@ def test_what_cannot_be_used(run, tmp_path, capsys):
         config = (run / "config.yaml").read_text().replace("mode: observe", "mode: mask")
         (tmp_path / "config.yaml").write_text(config)
         Counterfactual(tmp_path)
+
+
+def test_a_step_is_measured_on_the_problems_of_its_own_run(tmp_path):
+    settings = {"data": {"name": "lab", "variant": "subtraction"}, "capo": {"mode": "observe"}, "max_steps": 2, "seed": 3}
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    assert Counterfactual(tmp_path, problems=5).problems == task.problems("train", 5, seed=3, variant="subtraction")

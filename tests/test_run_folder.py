@@ -74,3 +74,10 @@ def test_an_empty_folder_can_be_taken(path, overwrite):
 def test_a_new_folder_can_be_read_like_its_neighbours(path):
     with RunFolder(path).claim(SETTINGS, False):
         assert path.stat().st_mode == path.parent.stat().st_mode
+
+
+@pytest.mark.parametrize("end", [b'{"st', b"7\n", b"\xff\xfe\x00"])
+def test_metrics_end_at_the_first_line_that_is_none(path, end):
+    path.mkdir(parents=True)
+    (path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + end)
+    assert RunFolder(path).read_metrics() == [{"step": 1}]

@@ -22,9 +22,10 @@ from transformers import TrainerCallback
 from open_r1_capo import grpo
 from open_r1_capo.capo import TokenBatch, TokenSelection
 from open_r1_capo.capo.last_layer import RowGradient, merge, row_gradient
+from open_r1_capo.capo.rivals import gradient_norm
 from open_r1_capo.capo.steps import SCRATCH_BYTES
 from open_r1_capo.checkpoint import damage
-from open_r1_capo.configs import ConfigError, build
+from open_r1_capo.configs import ConfigError, DataConfig, build
 from open_r1_capo.lab.policy import base_policy, held_out_accuracy
 from open_r1_capo.lab.task import problems as lab_problems
 from open_r1_capo.recipes import compose_recipe
@@ -72,7 +73,7 @@ def gradient_split(batches: Sequence[TokenBatch], chosen: Sequence[Tensor]) -> d
         for sets in (chosen, [~rows for rows in chosen])
     )
     norm, other = float(mine.total.norm()), float(others.total.norm())
-    alone = sum(float(_norms(b.select(rows)).sum()) for b, rows in zip(batches, chosen, strict=True))
+    alone = sum(float(gradient_norm(b.select(rows)).sum()) for b, rows in zip(batches, chosen, strict=True))
     return {
         "tokens": float(sum(int(rows.sum()) for rows in chosen)),
         "norm": norm,
@@ -80,10 +81,6 @@ def gradient_split(batches: Sequence[TokenBatch], chosen: Sequence[Tensor]) -> d
         "cosine": _dot(mine, others) / (norm * other) if norm * other > 0 else None,
         "coherence": norm / alone if alone > 0 else None,
     }
-
-
-def _norms(batch: TokenBatch) -> Tensor:
-    return batch.advantages.abs() * batch.score.norm(dim=1) * batch.features.norm(dim=1)
 
 
 def _dot(a: RowGradient, b: RowGradient) -> float:
@@ -143,7 +140,8 @@ class Counterfactual:
         self.last = self.settings["max_steps"]
         self.model: str | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="counterfactual-")
-        self.problems = lab_problems("train", problems, seed=self.settings["seed"])
+        variant = self.settings["data"].get("variant", DataConfig.variant)
+        self.problems = lab_problems("train", problems, seed=self.settings["seed"], variant=variant)
         self.samples = samples
 
     def checkpoints(self) -> list[Path]:

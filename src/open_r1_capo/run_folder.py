@@ -238,13 +238,16 @@ def environment() -> dict[str, Any]:
 
 
 def _complete_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file up to a line that was cut off; none if there is no file."""
+    """The objects of a JSON-lines file up to a line that was cut off or is none; none if there is no file."""
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows
 
 
