@@ -154,6 +154,11 @@ def test_what_cannot_be_used(run, tmp_path, capsys):
 
 
 def test_a_step_is_measured_on_the_problems_of_its_own_run(tmp_path):
-    settings = {"data": {"name": "lab", "variant": "subtraction"}, "capo": {"mode": "observe"}, "max_steps": 2, "seed": 3}
+    settings = {
+        "data": {"name": "lab", "variant": "subtraction"},
+        "capo": {"mode": "observe"},
+        "max_steps": 2,
+        "seed": 3,
+    }
     (tmp_path / "config.yaml").write_text(json.dumps(settings))
     assert Counterfactual(tmp_path, problems=5).problems == task.problems("train", 5, seed=3, variant="subtraction")
