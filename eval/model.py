@@ -105,11 +105,33 @@ def download(name: str) -> Path:
         raise EvalError(f"{name} is no folder here, and the hub does not give it: {cause}") from error
 
 
-def resolve(name: str) -> Model:
+def lab_policy(settings: dict | None) -> Path:
+    """Give the folder of the lab's base policy.
+
+    Args:
+        settings: What decides it, the group `lab` of a run's settings; None for the lab's own.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        EvalError: If it cannot be made or kept.
+    """
+    from open_r1_capo.configs import lab_settings
+    from open_r1_capo.lab.policy import LabError, base_policy
+
+    try:
+        return base_policy(settings=lab_settings(settings))
+    except LabError as error:
+        raise EvalError(str(error)) from None
+
+
+def resolve(name: str, lab: dict | None = None) -> Model:
     """Find a model.
 
     Args:
         name: A folder, a name on the hub, or `lab` for the lab's base policy.
+        lab: As in `lab_policy`.
 
     Returns:
         The model.
@@ -117,12 +139,7 @@ def resolve(name: str) -> Model:
     Raises:
         EvalError: If there is none, or the folder holds no model.
     """
-    if name == "lab":
-        from open_r1_capo.lab.policy import base_policy
-
-        folder = base_policy()
-    else:
-        folder = Path(name) if Path(name).exists() else download(name)
+    folder = lab_policy(lab) if name == "lab" else Path(name) if Path(name).exists() else download(name)
     if not (folder / "config.json").is_file() or not any(folder.glob(pattern) for pattern in WEIGHTS):
         raise EvalError(f"{folder} holds no model (config.json and weights as .safetensors)")
     settings = training_settings(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import results
 from model import resolve, training_settings
-from open_r1_capo.data import DataError, read_rows
+from open_r1_capo.data import DataError
 from run import evaluate, report
 from server import EvalError
 
@@ -48,9 +48,13 @@ def progress(run: Path) -> dict[int, dict]:
     Returns:
         completions and accepted_tokens by step; empty without a metrics.jsonl.
     """
-    path = run / "metrics.jsonl"
-    rows = read_rows(path) if path.exists() else []
-    return {row["step"]: {key: row.get(key) for key in KEPT} for row in rows if "step" in row}
+    path, rows = run / "metrics.jsonl", []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(text))
+        except ValueError:  # the run was stopped, or is, while it wrote its last line
+            break
+    return {row["step"]: {key: row.get(key) for key in KEPT} for row in rows}
 
 
 def line(step: int, found: dict, at: dict) -> dict:
@@ -93,14 +97,15 @@ def evaluate_run(options: argparse.Namespace) -> None:
     """
     run = options.run
     folders, at, lines = checkpoints(run), progress(run), []
-    base = training_settings(folders[0][1]).get("model_name_or_path")
+    settings = training_settings(folders[0][1])
+    base = settings.get("model_name_or_path")
     jobs = [(step, str(folder), f"checkpoint-{step}") for step, folder in folders]
     if base:
         jobs.insert(0, (0, base, "base"))
     for step, name, label in jobs:
         out = (options.out or run / "eval") / label
         try:
-            found = evaluate(resolve(name), options, out)
+            found = evaluate(resolve(name, settings.get("lab")), options, out)
         except (DataError, EvalError) as error:
             if step:
                 raise

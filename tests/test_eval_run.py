@@ -23,6 +23,9 @@ import run
 import series
 import server
 from open_r1_capo.data import SYSTEM_PROMPT, make_prompt
+from open_r1_capo.lab import policy
+from open_r1_capo.lab.pretrain import LabSettings
+from open_r1_capo.lab.task import Mixture
 
 EVAL = Path(run.__file__).parent
 SERVER = """
@@ -255,16 +258,19 @@ def test_settings_out_of_range(argument):
 # --- series ----------------------------------------------------------------------------------------------------------
 
 
-def test_series_of_checkpoints(engine, tmp_path):
-    folder = tmp_path / "run"
+def test_series_of_checkpoints(engine, tmp_path, monkeypatch):
+    folder, bases = tmp_path / "run", []
+    monkeypatch.setattr(policy, "base_policy", lambda settings: bases.append(settings) or engine.folder)
     for step in (10, 5, 20):
         checkpoint = folder / "checkpoints" / f"checkpoint-{step}"
         shutil.copytree(engine.folder, checkpoint)
         if step < 20:  # 20 was cut off
             (checkpoint / "complete.json").write_text("{}")
-    (folder / "config.yaml").write_text(f"model_name_or_path: {engine.folder}\nsystem_prompt: Think.\n")
+    lab = {"steps": 7, "mixture": {"base": 0}}
+    config = {"model_name_or_path": "lab", "lab": lab, "system_prompt": "Think."}
+    (folder / "config.yaml").write_text(json.dumps(config))
     rows = [{"step": s, "completions": 96 * s, "accepted_tokens": 9 * s, "reward": 0.1} for s in range(1, 21)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"st')
     assert run.main(["--run", str(folder), "--tasks", "gsm8k", "--data", str(engine.data)]) == 0
     lines = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 5, 10]
@@ -273,6 +279,7 @@ def test_series_of_checkpoints(engine, tmp_path):
     assert lines[1]["tasks"]["gsm8k"]["accuracy"] == 0.75
     found = json.loads((folder / "eval" / "checkpoint-5" / "results.json").read_text())
     assert found["settings"]["system_prompt"] == "Think."
+    assert bases == [LabSettings(steps=7, mixture=Mixture(base=0.0))]  # the run's own, not the lab's first
 
 
 # --- lighteval -------------------------------------------------------------------------------------------------------

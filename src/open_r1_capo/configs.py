@@ -179,7 +179,7 @@ def build(settings: dict[str, Any]) -> tuple[RunConfig, GRPOConfig]:
     """
     ours = {key: value for key, value in settings.items() if key in OURS}
     nested = {key: kind(**_typed(kind, key, settings.get(key))) for key, kind in NESTED.items() if key != "lab"}
-    nested["lab"] = _lab(settings.get("lab"), settings.get("model_name_or_path"))
+    nested["lab"] = lab_settings(settings.get("lab"), settings.get("model_name_or_path"))
     missing = [key for key in ("model_name_or_path", "completions_per_step") if settings.get(key) is None]
     if missing:
         raise ConfigError(f"{missing[0]} is not set")
@@ -222,8 +222,19 @@ def _typed(kind: type, prefix: str, values: dict[str, Any] | None) -> dict[str, 
     }
 
 
-def _lab(values: dict[str, Any] | None, model: str | None) -> LabSettings:
-    """The lab policy's settings, which are refused where another policy is trained."""
+def lab_settings(values: dict[str, Any] | None, model: str | None = "lab") -> LabSettings:
+    """The lab policy's settings, which are refused where another policy is trained.
+
+    Args:
+        values: the group `lab` of a recipe; None is empty.
+        model: the recipe's `model_name_or_path`.
+
+    Returns:
+        The settings, with the types that the policy's cache knows them by.
+
+    Raises:
+        ConfigError: a value of the wrong type or out of range, or one that nothing reads.
+    """
     given = _typed(LabSettings, "lab", values)
     if given and model != "lab":
         raise ConfigError(f"lab.{next(iter(given))} has no effect with model_name_or_path={model}: set that to lab")
