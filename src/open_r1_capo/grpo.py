@@ -163,11 +163,12 @@ def fill(
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if preemption:
         preemption.check()
+    after = accuracy() if accuracy else None  # in every process, as the policy may be in shards
     if not main_process:
         return
 
     # --- the result --------------------------------------------------------------------------------------------------
-    summary = summarise(settings, folder.read_metrics(), before, accuracy() if accuracy else None, time.time() - start)
+    summary = summarise(settings, folder.read_metrics(), before, after, time.time() - start)
     write_report(folder, settings, summary)
     write_atomically(folder.summary, json.dumps(summary, indent=2) + "\n")
     print("\n".join(summary_lines(folder)))
