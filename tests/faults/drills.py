@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -165,7 +166,7 @@ TWO = ("max_steps=4", "save_steps=1", CHEAP)
 def whole_of_two(tmp_path_factory, lab_policy):
     root = tmp_path_factory.mktemp("two")
     ranks = Ranks(command(root, lab_policy, *TWO), root / "log", ANEW)
-    assert ranks.wait() == [0], ranks.log.read_text()
+    assert set(ranks.wait()) == {0}, ranks.log.read_text()
     return folder_of(root)
 
 
@@ -238,7 +239,7 @@ def test_the_server_is_killed_for_good(start, serve, robbed, whole_served, tmp_p
 
 def test_the_server_is_killed_and_started_again(serve, robbed, whole_served, tmp_path, rng):
     process, _, port = robbed
-    process.work(rng.uniform(0, 0.01))
+    time.sleep(rng.uniform(0, 2))  # of the 15 s for which the run asks again
     serve(port)
     goes_on(process, folder_of(tmp_path), whole_served)
     assert "going on from" not in process.text()
