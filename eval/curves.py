@@ -14,11 +14,11 @@ import yaml
 
 from open_r1_capo import experiments
 from open_r1_capo.experiments import Arm, Experiment
+from open_r1_capo.run_folder import NOT_IDENTITY
 
 ALWAYS = ("step", "completions", "accepted_tokens", "reward")  # columns that every figure has
 TEST = "test"  # the TEST average of eval.jsonl, named like a column of metrics.jsonl
-# settings in which the seeds of one arm may differ: the seed, and what makes no run another run
-FREE = {"seed", "environment", "overwrite", "output_root", "report_to", "run_name", "num_threads"}
+FREE = {"seed", "environment", "evaluation", *NOT_IDENTITY}  # in which the seeds of one arm may differ
 
 
 class FigureError(ValueError):

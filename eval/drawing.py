@@ -145,6 +145,8 @@ def draw_panel(axis: Axes, data: Data, panel: Panel, smooth: float) -> list[dict
         if not panel.shows(line):
             continue
         x, mean, error = curve(line, panel, smooth)
+        if panel.scale == "log":
+            mean = np.where(mean > 0, mean, np.nan)  # a gap, where the band would otherwise reach down to nowhere
         thin = {"lw": 1.0, "alpha": 0.85} if not panel.smooth and panel.key != TEST else {}
         marks = {"marker": "o", "ms": 2.5} if panel.key == TEST else {}
         axis.plot(x, mean, label=line.arm.label, **style, **thin, **marks)
