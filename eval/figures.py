@@ -166,6 +166,7 @@ FIGURES = {
     "transfer": Entry(tables.transfer, tables.ACTS, scales=True),
     "transfer_batch": Entry(tables.transfer, tables.ACTS, scales=True),
     "variants": Entry(tables.transfer, tables.ACTS, scales=True),
+    "warmup": Entry(ours.stability),
 }
 
 

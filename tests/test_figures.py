@@ -52,6 +52,7 @@ EXPERIMENTS = {
     "transfer": "{title: transfer, seeds: [2], arms: [{label: GRPO (A), recipe: grpo_aggressive}]}",
     "transfer_batch": "{title: batch, extends: transfer}",
     "variants": "{title: variants, extends: transfer}",
+    "warmup": "{title: warm-up, extends: stability}",
     "tuning_methods": """
         {title: tuning, seeds: [2, 3], arms: [{label: GRPO, recipe: grpo_aggressive, overrides: {beta: 0},
           grid: {learning_rate: [4.0e-4, 1.6e-3]}}]}""",
