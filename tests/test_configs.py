@@ -205,6 +205,12 @@ def test_unused_thresholds_are_refused():
         compose_recipe("grpo_probability", ["capo.max_policy_shift=1e-3"])
     with pytest.raises(ConfigError, match="no effect with capo.mode=mask"):
         compose_recipe("capo_aggressive", ["capo.probability_alpha=0.1"])
+    with pytest.raises(ConfigError, match="capo.denominator has no effect with capo.mode=observe"):
+        compose_recipe("grpo_aggressive", ["capo.denominator=all"])
+    with pytest.raises(ConfigError, match="evaluation.every has no effect with evaluation.suite=0"):
+        compose_recipe("capo_aggressive", ["evaluation.every=5"])
+    with pytest.raises(ConfigError, match="evaluation.samples has no effect with evaluation.problems=0"):
+        compose_recipe("capo_aggressive", ["evaluation.problems=0", "evaluation.samples=4"])
     with pytest.raises(ConfigError, match="no effect with capo.step_rule=adapt"):
         compose_recipe("grpo_adapted", ["capo.step_feedback=false"])
     with pytest.raises(ConfigError, match="no effect with capo.step_policy_shift=inf"):

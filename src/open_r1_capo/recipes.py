@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from open_r1_capo.configs import NESTED, OURS, TRL_FIELDS, ConfigError
+from open_r1_capo.configs import NESTED, OURS, TRL_FIELDS, CAPOConfig, ConfigError
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 GROUPS = ("method", "regime", "scale", "generation")
@@ -29,6 +29,7 @@ MODE_KEYS = {  # read under these modes alone
     "capo.covariance_low": ("covariance",),
     "capo.covariance_high": ("covariance",),
     "capo.max_token_gradient": ("gradient_norm",),
+    "capo.denominator": (*BOUNDED, *CAPOConfig.RIVALS),
 }
 STEP_KEYS = ("capo.step_feedback", "capo.step_rule")
 
@@ -119,7 +120,8 @@ def _check_keys(settings: dict[str, Any]) -> None:
 
 def _check_used(settings: dict[str, Any], overrides: list[str]) -> None:
     """Refuse an override that nothing reads under the other settings."""
-    capo, data = ({} if not isinstance(settings.get(k), dict) else settings[k] for k in ("capo", "data"))
+    groups = ("capo", "data", "evaluation")
+    capo, data, evaluation = ({} if not isinstance(settings.get(k), dict) else settings[k] for k in groups)
     for item in overrides:
         key = item.partition("=")[0].lstrip("+")
         reason = None
@@ -134,6 +136,10 @@ def _check_used(settings: dict[str, Any], overrides: list[str]) -> None:
             reason = "capo.step_rule=adapt"
         elif key in STEP_KEYS and capo.get("step_policy_shift", math.inf) == math.inf:
             reason = "capo.step_policy_shift=inf"
+        elif key == "evaluation.every" and not evaluation.get("suite"):
+            reason = "evaluation.suite=0"
+        elif key == "evaluation.samples" and not (evaluation.get("suite") or evaluation.get("problems")):
+            reason = "evaluation.problems=0"
         elif key.startswith("vllm_") and not settings.get("use_vllm"):
             reason = "use_vllm=false"
         elif key in ("data.problems", "data.variant") and (data.get("name") != "lab" or data.get("path")):
