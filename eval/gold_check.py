@@ -6,13 +6,15 @@ Every exception is printed.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
-from open_r1_capo.data import last_boxed, read_rows
+from open_r1_capo.data import DataError, last_boxed, read_rows
 from scoring import score
-from suite import OPEN, Benchmark, boxed, records
+from suite import Benchmark, boxed, records, select
 
 
 def sentence(gold: str, kind: str) -> str:
@@ -68,32 +70,55 @@ def original_answers(benchmark: Benchmark, folder: str, rows: Sequence[dict]) ->
     return [boxed(str(row["answer"])) for row in read_rows(f"{folder}/{benchmark.name}.jsonl")]
 
 
-def main(folder: str, names: Sequence[str]) -> int:
-    """Check the test sets of a folder and print what is found.
+def wanted(folder: str, names: Sequence[str]) -> list[Benchmark]:
+    """Choose the test sets to check; GPQA-Diamond has letters for answers, and no local file.
 
     Args:
         folder: Folder of the local files.
-        names: Test sets to check; all that the folder holds if empty.
+        names: Test sets; all that the folder holds if empty.
 
     Returns:
-        The number of exceptions.
+        The test sets.
+
+    Raises:
+        DataError: If there are none, or a name is unknown.
     """
-    exceptions = 0
-    for benchmark in OPEN:
-        if (names and benchmark.name not in names) or benchmark.name == "gpqa_diamond":
-            continue
-        started = time.perf_counter()
-        rows = records(benchmark, folder)
-        wrong, right = check(rows, original_answers(benchmark, folder, rows))
-        seconds = time.perf_counter() - started
-        print(f"{benchmark.name}: {len(rows)}: gold not 1: {len(wrong)}, swapped not 0: {len(right)}, {seconds:.0f} s")
-        for identity, gold, got in wrong:
-            print(f"  gold  {identity}: {last_boxed(gold)!r} scores {got}")
-        for identity, gold, other in right:
-            print(f"  swap  {identity}: {last_boxed(gold)!r} accepts {last_boxed(other)!r}")
-        exceptions += len(wrong) + len(right)
-    return exceptions
+    files = {path.stem for path in Path(folder).glob("*.jsonl")}
+    chosen = [b for b in select(",".join(names) or "open") if b.kind != "choice" and (names or b.name in files)]
+    if not chosen:
+        raise DataError(f"the data folder {folder} holds no test set to check, such as gsm8k.jsonl")
+    return chosen
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Check the test sets of a folder and print what is found.
+
+    Args:
+        arguments: Without the program's name.
+
+    Returns:
+        Exit code: 0, or 2 for a mistake that a sentence explains.
+    """
+    parser = argparse.ArgumentParser(prog="make eval-gold", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", help="of the local files")
+    parser.add_argument("names", nargs="*", help="test sets to check; all that the folder holds if empty")
+    options = parser.parse_args(arguments)
+    try:
+        for benchmark in wanted(options.folder, options.names):
+            started = time.perf_counter()
+            rows = records(benchmark, options.folder)
+            wrong, right = check(rows, original_answers(benchmark, options.folder, rows))
+            counts = f"gold not 1: {len(wrong)}, swapped not 0: {len(right)}"
+            print(f"{benchmark.name}: {len(rows)}: {counts}, {time.perf_counter() - started:.0f} s")
+            for identity, gold, got in wrong:
+                print(f"  gold  {identity}: {last_boxed(gold)!r} scores {got}")
+            for identity, gold, other in right:
+                print(f"  swap  {identity}: {last_boxed(gold)!r} accepts {last_boxed(other)!r}")
+    except DataError as error:
+        print(f"eval-gold: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    sys.exit(main(sys.argv[1:]))

@@ -234,3 +234,11 @@ def test_overlap_by_both_measures():
     test = [{"problem": "What is $1-1$?"}, {"problem": "Find x."}]
     assert data_check.overlap(train, test, data_check.normalise) == [(train[1], test[1])]
     assert len(data_check.overlap(train, test, data_check.letters)) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "said"), [([], "holds no test set"), (["gsm8k"], "does not exist"), (["gsm9k"], "unknown task gsm9k")]
+)
+def test_gold_answers_that_are_not_there(tmp_path, capsys, names, said):
+    assert gold_check.main([str(tmp_path / "nowhere"), *names]) == 2
+    assert said in capsys.readouterr().err

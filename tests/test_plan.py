@@ -180,7 +180,7 @@ def test_a_runs_seconds_beside_the_estimate(tmp_path, capsys):
     lines = [{"time/total": 100.0, "time/generate": 50.0}] * 2 + [
         {"time/total": t, "time/generate": 1.0} for t in (2, 3, 4)
     ]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"st')  # the run goes on
     found = measured_seconds(tmp_path)
     assert (found["total"], found["generation"]) == (3, 1)
     main(["--run", str(tmp_path)])

@@ -36,7 +36,7 @@ ALLOWED = {
     "data": set(),
     "rewards": set(),
     "lab": {"lab"},
-    "plan": {"plan", "configs", "recipes", "lab"},
+    "plan": {"plan", "configs", "recipes", "lab", "run_folder"},
 }
 
 

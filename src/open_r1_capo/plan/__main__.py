@@ -18,6 +18,7 @@ from open_r1_capo.plan.planner import make
 from open_r1_capo.plan.shapes import PlanError
 from open_r1_capo.plan.table import as_data, as_text
 from open_r1_capo.plan.workload import ACCELERATORS, ConfigError, Machines, read
+from open_r1_capo.run_folder import RunFolder
 
 CLOCKS = {  # what a run's clocks are called in the plan
     "time/generate": "generation",
@@ -101,11 +102,10 @@ def measured_seconds(folder: Path) -> dict[str, float]:
     Raises:
         PlanError: no metrics, or none of more than two steps.
     """
-    try:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (OSError, json.JSONDecodeError):
-        raise PlanError(f"{folder} has no metrics.jsonl that can be read: name the folder of a run") from None
-    lines = lines[2:]
+    run = RunFolder(folder)
+    if not run.metrics.is_file():
+        raise PlanError(f"{folder} has no metrics.jsonl: name the folder of a run")
+    lines = run.read_metrics()[2:]
     if not lines or not all("time/total" in line for line in lines):
         raise PlanError(f"{folder} has no seconds of more than two steps: let the run go on, or name another")
     return {name: statistics.median(line.get(key, 0.0) for line in lines) for key, name in CLOCKS.items()}
