@@ -162,6 +162,7 @@ FIGURES = {
     "calibration": Entry(ours.calibration, (*tables.CALIBRATION_KEYS, *tables.SCALE_KEYS)),
     "tuning_methods": Entry(tables.tuning, tables.ACTS),
     "tuning_rivals": Entry(tables.tuning, tables.ACTS),
+    "tuning_mask": Entry(tables.tuning, tables.ACTS),
     "efficiency": Entry(tables.efficiency, (TEST,)),
     "transfer": Entry(tables.transfer, tables.ACTS, scales=True),
     "transfer_batch": Entry(tables.transfer, tables.ACTS, scales=True),

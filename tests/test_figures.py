@@ -57,6 +57,7 @@ EXPERIMENTS = {
         {title: tuning, seeds: [2, 3], arms: [{label: GRPO, recipe: grpo_aggressive, overrides: {beta: 0},
           grid: {learning_rate: [4.0e-4, 1.6e-3]}}]}""",
     "tuning_rivals": "{title: rivals, extends: tuning_methods}",
+    "tuning_mask": "{title: mask, extends: tuning_methods}",
     "common": "{}",
 }
 
