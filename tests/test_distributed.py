@@ -1,12 +1,23 @@
-"""Two ranks are one: the same masks, moments and parameters as a single process."""
+"""Two ranks are one: the same masks, moments and parameters as a single process, whole and in shards."""
 
+import functools
+import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from test_grpo import metrics
+
+ROOT = Path(__file__).parents[1]
+STAND_INS = Path(__file__).with_name("stand_ins")
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import ranks  # noqa: E402
 
 WORKER = """
 import json, sys, torch
@@ -66,7 +77,7 @@ def launch(tmp_path, tiny_policy):
         start = runner if ranks > 1 else [sys.executable]
         arguments = [str(worker), str(tiny_policy), str(out), json.dumps(capo), str(16 // ranks)]
         done = subprocess.run([*start, *arguments], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0, done.stderr[-6000:]
         return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
 
     return launch
@@ -111,3 +122,138 @@ def test_two_ranks_are_one(launch, capo):
             "completions",
         ):
             assert row[name] == pytest.approx(reference[name], rel=2e-3, abs=1e-6), name
+
+
+# --- in shards -------------------------------------------------------------------------------------------------------
+
+SHARDED = {
+    "checkpointing": ({"gradient_checkpointing": True}, {}),
+    "planned": ({}, {"step_policy_shift": 1e-3, "absent_rows": "decay"}),
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """The policy with its head tied or not, and what one process makes of it."""
+
+    @functools.cache
+    def train(tied):
+        model = ranks.policy(tmp_path_factory.mktemp("ranks") / "policy", tied)
+        return model, ranks.run(None, 1, model, tmp_path_factory.mktemp("one"), SHARDED)
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "tied"), [("zero2", False), ("zero3", False), ("zero3", True), ("fsdp", False), ("fsdp", True)]
+)
+def test_two_ranks_in_shards_are_one(accelerator, tied, one_process, tmp_path):
+    """A planned rate, a schedule, clipping, accumulation, and a step in which a rank has no token at all."""
+    if ranks.interpreter(accelerator) is None:
+        pytest.skip("no DeepSpeed: make ranks installs it")
+    model, alone = one_process(tied)
+    for case, found in ranks.run(accelerator, 2, model, tmp_path, SHARDED).items():
+        assert found[0]["kind"] == ("FSDP" if accelerator == "fsdp" else "DEEPSPEED")
+        difference = ranks.compare(found, alone[case][0])
+        assert difference["agree"], case
+        assert difference["masks"] == 0, case
+        assert 0.1 < difference["rejected"] / difference["tokens"] < 0.9
+        assert max(difference["first_moment"], difference["second_moment"]) < 1e-5, case
+        assert difference["parameters"] < 2e-5, case  # a gradient left over from the step before moves them by 3e-5
+        assert difference["metrics"][0] < 1e-4, (case, difference["metrics"])
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+ENTRY = """
+import json, os, sys
+from pathlib import Path
+from open_r1_capo import grpo, trainer
+from open_r1_capo.generation import choice
+sys.path.insert(0, {benchmarks!r})
+from rank_worker import shard_on_cpus
+
+choice.vllm_python = lambda: Path(sys.executable)
+os.environ["PYTHONPATH"] = {stand_ins!r}  # of the engines, not of this process
+make, draw, drawn = grpo.make_trainer, trainer.CAPOTrainer._generate_and_score_completions, []
+
+def make_sharded(*args, **kwargs):
+    shard_on_cpus()
+    return make(*args, **kwargs)
+
+def noted(self, inputs):
+    batch = draw(self, inputs)
+    for ids, mask in zip(batch["completion_ids"], batch["completion_mask"].bool()):
+        drawn.append([self.state.global_step, ids[mask].tolist()])
+    return batch
+
+grpo.make_trainer, trainer.CAPOTrainer._generate_and_score_completions = make_sharded, noted
+code = grpo.main(sys.argv[2:])
+Path(sys.argv[1] + os.environ.get("RANK", "0")).write_text(json.dumps(drawn))
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def start(tmp_path, tiny_policy):
+    """Run the entry point in some processes: `start(launcher, ranks, root, *overrides)`; what each of them drew."""
+    entry = tmp_path / "entry.py"
+    entry.write_text(ENTRY.format(benchmarks=str(ROOT / "benchmarks"), stand_ins=str(STAND_INS)))
+
+    def run(launcher, ranks, root, *overrides):
+        small = ["completions_per_step=16", "max_completion_length=8", *overrides]
+        recipe = [
+            "--config-name",
+            "capo_aggressive",
+            f"output_root={root}",
+            f"model_name_or_path={tiny_policy}",
+            *small,
+        ]
+        drawn = tmp_path / f"drawn{ranks}-"
+        done = subprocess.run([sys.executable, *launcher, entry, drawn, *recipe], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-6000:]
+        return [json.loads(Path(f"{drawn}{rank}").read_text()) for rank in range(ranks)]
+
+    return run
+
+
+@pytest.mark.parametrize("generation", ["vllm_server", "vllm_colocate"])
+def test_two_ranks_draw_the_completions_of_one(generation, start, tiny_policy, tmp_path):
+    server = stand_in_vllm().Server(tiny_policy)
+    options = [f"generation={generation}", "max_steps=3", "evaluation.problems=0"]
+    options += [f"vllm_server_base_url={server.url}"] if generation == "vllm_server" else []
+    (one,) = start([], 1, tmp_path / "one", *options)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    first, second = start(torchrun, 2, tmp_path / "two", *options)
+    server.close()
+    assert len(one) == 3 * 16
+    assert len({tuple(ids) for _, ids in one}) > 24
+    for step in range(3):
+        assert [row for row in first + second if row[0] == step] == [row for row in one if row[0] == step]
+
+
+def stand_in_vllm():
+    spec = importlib.util.spec_from_file_location("stand_in_vllm", STAND_INS / "vllm.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_run_in_shards_ends_and_goes_on(start, tmp_path):
+    """FSDP: checkpoints are ordinary folders, and the steps after one are those of the uninterrupted run."""
+    config = ROOT / "recipes" / "accelerate_configs" / "fsdp.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2]
+    launcher += ["--main_process_port", 0, "--mixed_precision", "no"]
+    options = ["max_steps=3", "save_steps=1", "evaluation.problems=4", "evaluation.samples=1"]
+    start([str(word) for word in launcher], 2, tmp_path, *options)
+    run = tmp_path / "capo_aggressive" / "lab" / "seed0"
+    last = run / "checkpoints" / "checkpoint-3"
+    steps, weights = metrics(run), load_file(last / "model.safetensors")
+    assert json.loads((run / "summary.json").read_text())
+    shutil.rmtree(last)
+    (run / "summary.json").unlink()
+    start([str(word) for word in launcher], 2, tmp_path, *options)
+    assert metrics(run) == steps
+    again = load_file(last / "model.safetensors")
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())

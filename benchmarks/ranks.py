@@ -1,0 +1,236 @@
+"""Two ranks against one, under every file of recipes/accelerate_configs, on CPUs with gloo.
+
+    python benchmarks/ranks.py                 # all of them: a quarter of an hour on two cores
+    python benchmarks/ranks.py ddp fsdp --case float32
+
+Prints a Markdown table of the largest differences after three steps, and stores it with `--save`.
+ZeRO needs DeepSpeed: `make ranks` puts it into an environment of its own, since accelerate imports it wherever it is
+found, three seconds a process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "recipes" / "accelerate_configs"
+ACCELERATORS = ("ddp", "zero2", "zero3", "fsdp")
+MASK = {"mode": "mask", "max_policy_shift": 6.6, "max_objective_shift": 4.0, "top_k": 20, "measure_kl": 1.0}
+CASES = {  # what is changed in `training` and in `capo`
+    "float32": ({}, {}),
+    "float32, checkpointing": ({"gradient_checkpointing": True}, {}),
+    "float32, planned": ({}, {"step_policy_shift": 1e-3, "absent_rows": "decay"}),
+    "bfloat16, checkpointing": ({"gradient_checkpointing": True, "bf16": True}, {}),
+}
+
+
+def interpreter(accelerator: str) -> Path | None:
+    """The Python that can run an accelerator; None if there is no DeepSpeed for ZeRO.
+
+    Args:
+        accelerator: names a file of recipes/accelerate_configs.
+
+    Returns:
+        This one, or that of `.venv-deepspeed`.
+    """
+    if not accelerator.startswith("zero") or importlib.util.find_spec("deepspeed"):
+        return Path(sys.executable)
+    other = ROOT / ".venv-deepspeed" / "bin" / "python"
+    return other if (other.parents[1] / ".ready").is_file() else None
+
+
+def policy(folder: Path, tied: bool = False) -> Path:
+    """Save the lab's untrained policy.
+
+    Args:
+        folder: gets the model and its tokenizer.
+        tied: the head is the embedding, as in Qwen2.5-Math-1.5B.
+
+    Returns:
+        The folder.
+    """
+    from open_r1_capo.lab.pretrain import LabSettings, build_model
+    from open_r1_capo.lab.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer(64)
+    model = build_model(LabSettings(), tokenizer, seed=0)
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(
+    accelerator: str | None, ranks: int, model: Path, out: Path, cases: Mapping[str, tuple[dict, dict]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Train `rank_worker.py`, one start for all cases.
+
+    Args:
+        accelerator: a file of recipes/accelerate_configs; None is one plain process.
+        ranks: processes, which divide 8.
+        model: from `policy`.
+        out: an empty folder.
+        cases: what is changed in `training` (GRPOConfig) and in `capo` (CAPOConfig), by name.
+
+    Returns:
+        Of each case what each rank wrote.
+
+    Raises:
+        RuntimeError: a rank failed; the message ends with what it said.
+    """
+    plain = {"bf16": False, "gradient_checkpointing": False, "gradient_accumulation_steps": 2}
+    plain["per_device_train_batch_size"] = 8 // ranks
+    settings = {name: {"training": plain | more, "capo": MASK | capo} for name, (more, capo) in cases.items()}
+    command: list[Any] = [interpreter(accelerator or "")]
+    if accelerator:
+        command += ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{accelerator}.yaml"]
+        command += ["--num_processes", ranks, "--main_process_port", 0, "--mixed_precision", "no"]
+    command += [Path(__file__).with_name("rank_worker.py"), model, out, json.dumps(settings)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{accelerator or 'one process'} failed: {(done.stdout + done.stderr)[-4000:]}")
+    return {name: [torch.load(out / f"{name}-{rank}.pt") for rank in range(ranks)] for name in cases}
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """The largest difference, in units of b's largest value."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def compare(ranks: Sequence[dict[str, Any]], one: dict[str, Any]) -> dict[str, Any]:
+    """Several ranks beside one.
+
+    Args:
+        ranks: from `run`.
+        one: the only one of another run.
+
+    Returns:
+        `tokens`, `rejected` and `masks`, the tokens whose weight differs; `first_moment`, `second_moment`, the largest
+        difference of CAPO's moments, of their largest value; `parameters`, that of the parameters after the last
+        step, in their own unit, without the attention's key biases: no logit depends on them, so their gradient is
+        rounding, of which Adam makes whole steps; `metrics`, the largest relative one and its name; `agree`, whether
+        all ranks hold the same CAPO state and parameters, bit for bit.
+
+    Raises:
+        RuntimeError: they have not seen the same tokens.
+    """
+    seen = {name: columns for rank in ranks for name, columns in rank["seen"].items()}
+    if seen.keys() != one["seen"].keys():
+        raise RuntimeError("the ranks have not seen the tokens that the one process saw")
+    pairs = [(a, b) for name, columns in one["seen"].items() for a, b in zip(seen[name][0], columns[0], strict=True)]
+    first, state, reference = ranks[0], ranks[0]["state"], one["state"]
+    if not torch.equal(state["token_ids"], reference["token_ids"]):
+        raise RuntimeError("the ranks have touched other rows than the one process")
+    differences = [
+        float((first["parameters"][name] - value).abs().max())
+        for name, value in one["parameters"].items()
+        if not name.endswith("k_proj.bias")
+    ]
+    return {
+        "tokens": len(pairs),
+        "rejected": sum(b == 0 for _, b in pairs),
+        "masks": sum(a != b for a, b in pairs),
+        "first_moment": relative(state["first_moment"], reference["first_moment"]),
+        "second_moment": relative(state["second_moment"], reference["second_moment"]),
+        "parameters": max(differences),
+        "metrics": max(metric_differences(first["metrics"], one["metrics"])),
+        "agree": all(same(first[what], rank[what]) for rank in ranks for what in ("state", "parameters")),
+    }
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two dictionaries hold the same tensors, bit for bit."""
+    return all(torch.equal(value, b[name]) for name, value in a.items() if isinstance(value, Tensor))
+
+
+def metric_differences(
+    rows: Sequence[dict[str, float]], others: Sequence[dict[str, float]]
+) -> list[tuple[float, str]]:
+    """How far what is logged differs.
+
+    Args:
+        rows: metrics of each step.
+        others: those of another run.
+
+    Returns:
+        Each relative difference with its metric's name; TRL's own means over ranks of means (`entropy`) are left out.
+    """
+    found = []
+    for row, other in zip(rows, others, strict=True):
+        for name in row.keys() & other.keys():
+            if name.startswith("capo/") or name in ("loss", "grad_norm", "learning_rate", "accepted_tokens"):
+                found.append((abs(row[name] - other[name]) / max(abs(other[name]), 1e-6), name))
+    return found
+
+
+HEAD = "| | case | masks that differ | P | Q | parameters | metrics | ranks agree |\n|---|---|---|---|---|---|---|---|"
+
+
+def line(accelerator: str, case: str, found: dict[str, Any]) -> str:
+    """A row of the table, from `compare`."""
+    size, name = found["metrics"]
+    masks = f"{found['masks']} of {found['tokens']} ({found['rejected']} rejected)"
+    numbers = " | ".join(f"{found[name]:.1e}" for name in ("first_moment", "second_moment", "parameters"))
+    return (
+        f"| {accelerator} | {case} | {masks} | {numbers} | {size:.1e} ({name}) | {'yes' if found['agree'] else 'no'} |"
+    )
+
+
+def main() -> int:
+    """Run the accelerators.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("accelerators", nargs="*", default=ACCELERATORS, choices=ACCELERATORS, metavar="accelerator")
+    parser.add_argument("--case", action="append", choices=CASES, help="by default all")
+    parser.add_argument("--save", action="store_true", help="into benchmarks/results/ranks.json")
+    options = parser.parse_args()
+    table = []
+    print(HEAD)
+    with tempfile.TemporaryDirectory() as scratch:
+        model = policy(Path(scratch) / "policy")
+        cases = {name: CASES[name] for name in options.case or CASES}
+        exact = {name: case for name, case in cases.items() if not case[0].get("bf16")}
+        # in bfloat16 each of them rounds something else, so that one rank of the same is the reference
+        rounded = {name: case for name, case in cases.items() if name not in exact}
+        references = run(None, 1, model, folder(scratch), exact) if exact else {}
+        for accelerator in options.accelerators:
+            if interpreter(accelerator) is None:
+                print(f"| {accelerator} | no DeepSpeed: make ranks installs it |")
+                continue
+            alone = references | (run(accelerator, 1, model, folder(scratch), rounded) if rounded else {})
+            for case, ranks in run(accelerator, 2, model, folder(scratch), cases).items():
+                found = compare(ranks, alone[case][0])
+                table.append({"accelerator": accelerator, "case": case, **found})
+                print(line(accelerator, case, found), flush=True)
+    if options.save:
+        from common import save
+
+        save("ranks", {"table": table})
+    return 0
+
+
+def folder(scratch: str) -> Path:
+    """A new folder in `scratch`."""
+    return Path(tempfile.mkdtemp(dir=scratch))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
