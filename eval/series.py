@@ -11,6 +11,7 @@ from pathlib import Path
 import results
 from model import resolve, training_settings
 from open_r1_capo.data import DataError
+from open_r1_capo.run_folder import RunFolder
 from run import evaluate, report
 from server import EvalError
 
@@ -48,13 +49,7 @@ def progress(run: Path) -> dict[int, dict]:
     Returns:
         completions and accepted_tokens by step; empty without a metrics.jsonl.
     """
-    path, rows = run / "metrics.jsonl", []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(text))
-        except ValueError:  # the run was stopped, or is, while it wrote its last line
-            break
-    return {row["step"]: {key: row.get(key) for key in KEPT} for row in rows}
+    return {row["step"]: {key: row.get(key) for key in KEPT} for row in RunFolder(run).read_metrics()}
 
 
 def line(step: int, found: dict, at: dict) -> dict:

@@ -96,11 +96,14 @@ def test_a_checkpoint_is_an_ordinary_folder(finished):
     assert damage(folder) is None
 
 
-def test_a_finished_run_is_not_run_again(finished, capsys, lab_policy):
+def test_a_finished_run_is_not_run_again(finished, capsys, lab_policy, monkeypatch):
     folder, _ = finished
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     assert grpo.main(command(folder.parents[2], lab_policy)) == 0
     assert "this run has ended (OVERWRITE=1 runs it again)" in capsys.readouterr().out
+    monkeypatch.setattr(grpo.GRPOConfig, "process_index", 1)
+    assert grpo.main(command(folder.parents[2], lab_policy)) == 0
+    assert capsys.readouterr().out == ""  # one of several processes tells it
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 

@@ -151,6 +151,8 @@ def test_what_cannot_be_used(run, tmp_path, capsys):
         config = (run / "config.yaml").read_text().replace("mode: observe", "mode: mask")
         (tmp_path / "config.yaml").write_text(config)
         Counterfactual(tmp_path)
+    (tmp_path / "config.yaml").write_text("recipe: something else")
+    assert mechanism.main(["--run", str(tmp_path)]) == 2
 
 
 def test_a_step_is_measured_on_the_problems_of_its_own_run(tmp_path):

@@ -73,7 +73,7 @@ def test_capo_needs_torch_alone():
 
 def test_evaluation_stands_apart():
     for path in (ROOT / "eval").rglob("*.py"):
-        allowed = {"data", "rewards", "lab", "experiments", "outcomes", "model_server"}
+        allowed = {"data", "rewards", "lab", "experiments", "outcomes", "model_server", "run_folder"}
         # one takes steps, the other makes the policy that a run began with
         more = {"mechanism.py": {"counterfactual", "grpo"}, "model.py": {"configs"}}.get(path.name, set())
         assert ours(path) <= allowed | more, path.name

@@ -135,12 +135,13 @@ class Counterfactual:
             raise ConfigError(f"{run} holds no config.yaml of a run: give a run's folder")
         self.settings = OmegaConf.to_container(OmegaConf.load(self.folder.config))
         self.settings.pop("environment", None)
-        if self.settings["data"].get("name") != "lab" or self.settings["capo"].get("mode") != "observe":
+        data, capo = (self.settings.get(group) or {} for group in ("data", "capo"))
+        if data.get("name") != "lab" or capo.get("mode") != "observe":
             raise ConfigError(f"{run} is not a run of the lab with capo.mode=observe, such as grpo_aggressive")
         self.last = self.settings["max_steps"]
         self.model: str | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="counterfactual-")
-        variant = self.settings["data"].get("variant", DataConfig.variant)
+        variant = data.get("variant", DataConfig.variant)
         self.problems = lab_problems("train", problems, seed=self.settings["seed"], variant=variant)
         self.samples = samples
 

@@ -102,7 +102,8 @@ def train(settings: dict[str, Any], preemption: Preemption | None = None) -> Non
     folder = RunFolder(config.folder(args.seed))
     folder.check(settings, config.overwrite)
     if folder.finished() and not config.overwrite:
-        print("\n".join(["this run has ended (OVERWRITE=1 runs it again)", *summary_lines(folder)]))
+        if args.process_index == 0:
+            print("\n".join(["this run has ended (OVERWRITE=1 runs it again)", *summary_lines(folder)]))
         return
     try:
         fill(folder, settings, config, args, rewards, preemption)
