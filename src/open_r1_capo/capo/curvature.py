@@ -52,17 +52,7 @@ def policy_shift(batch: TokenBatch, z: Tensor, lr: float, granularity: str = "to
 
 
 def objective_shift(batch: TokenBatch, z: Tensor, lr: float, granularity: str = "token") -> Tensor:
-    """The objective shift m_H = α ⟨g, D⟩ + ½ α² · Hessian (Eq. 10), where ⟨g, D⟩ = A vᵀz.
-
-    Args:
-        batch: N tokens.
-        z: z_NK, from `propose` with the same granularity.
-        lr: learning rate α.
-        granularity: each token's shift is the mean over its subset.
-
-    Returns:
-        (N,), in units of the advantage.
-    """
+    """(N,), the objective shift m_H = α A vᵀz + ½ α² · Hessian (Eq. 10, ⟨g, D⟩ = A vᵀz); as `policy_shift`."""
     slope = batch.advantages.to(z.dtype) * directional_score(batch, z)
     return subset_mean(batch, lr * slope + 0.5 * lr**2 * hessian(batch, z), granularity)
 

@@ -64,31 +64,12 @@ class VLLMChild(Backend):
             raise GenerationError(f"vLLM did not start ({error}); the end of {self.log}:\n{tail(self.log)}") from None
 
     def sync(self, folder: Path) -> None:
-        """Hand new weights to the engine's worker.
-
-        Args:
-            folder: holds `model.safetensors`.
-
-        Raises:
-            GenerationError: the engine is gone for good.
-        """
+        """As `Backend.sync`."""
         self.weights = folder.resolve() / "model.safetensors"
         self._patiently("sync", weights=str(self.weights))
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
-        """Draw a completion of every prompt.
-
-        Args:
-            prompts: token ids.
-            sampling: how.
-            seed: of the first completion; the i-th has seed + i.
-
-        Returns:
-            The completions, in the prompts' order.
-
-        Raises:
-            GenerationError: the engine is gone for good.
-        """
+        """As `Backend.generate`."""
         found = self._patiently("generate", prompts=prompts, sampling=sampling.request(), seed=seed)
         return [Completion(ids, [math.nan if value is None else value for value in logps]) for ids, logps in found]
 

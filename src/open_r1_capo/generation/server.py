@@ -65,31 +65,12 @@ class VLLMServers(Backend):
             self.names[url] = self._name(url)
 
     def sync(self, folder: Path) -> None:
-        """Let every server read new weights.
-
-        Args:
-            folder: holds `model.safetensors`, on a disk that the servers see under the same path.
-
-        Raises:
-            GenerationError: a server is gone for good.
-        """
+        """As `Backend.sync`, for every server; `folder` must be on a disk that they see under the same path."""
         self.weights = folder.resolve()
         self._each([(url, lambda url=url: self._reload(url)) for url in self.urls])
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
-        """Draw a completion of every prompt, equal neighbours in one request.
-
-        Args:
-            prompts: token ids.
-            sampling: how.
-            seed: of the first completion; the i-th has seed + i.
-
-        Returns:
-            The completions, in the prompts' order.
-
-        Raises:
-            GenerationError: a server is gone for good.
-        """
+        """As `Backend.generate`, equal neighbours in one request."""
         requests, first = [], 0
         for prompt, equal in groupby(prompts):
             count = len(list(equal))
