@@ -258,6 +258,7 @@ def test_serve_refuses(capsys, tmp_path, monkeypatch):
         taken.listen()
         assert "Address already in use): set PORT=" in refused("--port", str(taken.getsockname()[1]))
     assert "TP × DP is 4, but this machine has 0 GPUs" in refused("--tp", "2", "--dp", "2")
+    assert "TP and DP must be at least 1" in refused("--tp", "0")
     assert "PORT must be between" in refused("--port", "70000")
     monkeypatch.setattr(serve, "vllm_python", lambda: Path("/python"))
     assert f"the model {tmp_path} cannot be loaded" in refused("--port", str(free_port()))

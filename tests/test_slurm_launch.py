@@ -242,6 +242,11 @@ def test_vllm_accepts_the_servers_commands():
         ("", place(1, 0), "the job has no GPUs"),
         ("--recipe nope", None, "there is no recipe 'nope'"),
         ("--args learning_rte=1", None, "did you mean learning_rate"),
+        (
+            '--args "system_prompt=\'"',
+            None,
+            "--args cannot be split into words .No closing quotation.: system_prompt='",
+        ),
     ],
 )
 def test_bad_options(options, where, message):

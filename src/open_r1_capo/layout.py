@@ -63,7 +63,10 @@ def resolve(options: argparse.Namespace, place: Place, seed: int) -> list[Step]:
     """
     chosen = [f"scale={options.scale}", f"seed={seed}"]
     chosen += [f"generation={options.generation}"] if options.generation else []
-    overrides = [*chosen, *shlex.split(options.args)]
+    try:
+        overrides = [*chosen, *shlex.split(options.args)]
+    except ValueError as error:
+        raise LaunchError(f"--args cannot be split into words ({error}): {options.args}") from None
     settings = compose_recipe(options.recipe, overrides)
     if settings.get("use_cpu") and not options.accelerator:
         place = replace(place, nodes=place.nodes[:1], addresses=place.addresses[:1])

@@ -62,11 +62,11 @@ def check(options: argparse.Namespace, gpus: int) -> None:
     Raises:
         GenerationError: the port is taken, or there are fewer GPUs than asked for.
     """
-    wanted = (options.tp or 1) * (options.dp or 1)
-    if wanted > max(1, gpus):
-        raise GenerationError(f"TP × DP is {wanted}, but this machine has {gpus} GPUs")
-    if min(options.tp or 1, options.dp or 1) < 1:
+    tensor, copies = (1 if size is None else size for size in (options.tp, options.dp))
+    if min(tensor, copies) < 1:
         raise GenerationError("TP and DP must be at least 1")
+    if tensor * copies > max(1, gpus):
+        raise GenerationError(f"TP × DP is {tensor * copies}, but this machine has {gpus} GPUs")
     if not 0 < options.port < 65536:
         raise GenerationError(f"PORT must be between 1 and 65535, got {options.port}")
     with socket.socket() as probe:

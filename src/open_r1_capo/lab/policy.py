@@ -185,19 +185,35 @@ def _evaluating(model: PreTrainedModel, seed: int) -> Iterator[None]:
             model.train(training)
 
 
-def _group_scores(  # noqa: PLR0913 (the options of the two measurements)
+def _group_scores(  # noqa: PLR0913 (the last five are options by name)
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: list[dict[str, str]],
     reward: Reward,
     *,
-    samples: int,
-    temperature: float,
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int,
+    samples: int = 1,
+    temperature: float = 0.9,
+    max_new_tokens: int = 48,
+    batch_size: int = 256,
+    seed: int = 0,
 ) -> tuple[list[list[float]], list[int]]:
-    """Complete and score problems; the scores of each problem, without None, and every completion's length."""
+    """Complete and score problems; the two measurements below take its options.
+
+    Args:
+        model: The policy; its mode and torch's random state stay as they were.
+        tokenizer: Its tokenizer, with a chat template.
+        problems: Rows with ``problem`` and ``answer``.
+        reward: Called as ``reward(completions, solution)`` with completions in trl's form, a list of message lists;
+            gives a number in [0, 1] for each, or None to leave one out.
+        samples: Completions a problem.
+        temperature: Of the sampling, over the whole vocabulary; 0 for greedy completions.
+        max_new_tokens: Longest completion, in tokens.
+        batch_size: Completions generated at once.
+        seed: Of the sampling.
+
+    Returns:
+        The scores of each problem, without None, and every completion's length.
+    """
     # Greedy is said as the best one of one: with do_sample off, the model's own sampling settings raise warnings.
     sampling = {"temperature": temperature, "top_k": 0} if temperature > 0 else {"top_k": 1}
     config = GenerationConfig(
@@ -228,31 +244,21 @@ def _mean(grouped: list[list[float]]) -> tuple[float, float, int]:
     return means.mean().item(), error, len(means)
 
 
-def held_out_accuracy(  # noqa: PLR0913 (the last five are options by name)
+def held_out_accuracy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: list[dict[str, str]],
     reward: Reward,
-    *,
-    samples: int = 1,
-    temperature: float = 0.9,
-    max_new_tokens: int = 48,
-    batch_size: int = 256,
-    seed: int = 0,
+    **options: float,
 ) -> dict[str, float]:
-    """Measure how often sampled completions are right, leaving random state and model mode as they were.
+    """Measure how often sampled completions are right.
 
     Args:
         model: The policy.
-        tokenizer: Its tokenizer, with a chat template.
+        tokenizer: Its tokenizer.
         problems: Rows with ``problem`` and ``answer``.
-        reward: Called as ``reward(completions, solution)`` with completions in trl's form, a list of message lists;
-            gives a number in [0, 1] for each, or None to leave one out.
-        samples: Completions a problem.
-        temperature: Of the sampling, over the whole vocabulary; 0 for greedy completions.
-        max_new_tokens: Longest completion, in tokens.
-        batch_size: Completions generated at once.
-        seed: Of the sampling.
+        reward: Scores completions.
+        **options: As `_group_scores`: ``samples``, ``temperature``, ``max_new_tokens``, ``batch_size``, ``seed``.
 
     Returns:
         ``accuracy`` (mean over problems), ``standard_error`` (of that mean, from the spread between problems),
@@ -261,48 +267,27 @@ def held_out_accuracy(  # noqa: PLR0913 (the last five are options by name)
     Raises:
         ValueError: If no problem could be scored.
     """
-    grouped, lengths = _group_scores(
-        model,
-        tokenizer,
-        problems,
-        reward,
-        samples=samples,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        seed=seed,
-    )
+    grouped, lengths = _group_scores(model, tokenizer, problems, reward, **options)
     accuracy, error, n = _mean(grouped)
     length = sum(lengths) / len(lengths)
     return {"accuracy": accuracy, "standard_error": error, "n": n, "mean_completion_length": length}
 
 
-def suite_accuracy(  # noqa: PLR0913 (the last six are options by name)
+def suite_accuracy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems_per_variant: int,
     reward: Reward,
-    *,
-    samples: int = 1,
-    temperature: float = 0.9,
-    max_new_tokens: int = 48,
-    batch_size: int = 256,
-    seed: int = 0,
-    problems_seed: int = 0,
+    **options: float,
 ) -> dict[str, float | dict[str, dict[str, float]]]:
     """Measure the lab's TEST: the mean accuracy of the eight held-out variants, all generated together.
 
     Args:
-        model: The policy; its mode and torch's random state stay as they were.
-        tokenizer: Its tokenizer, with a chat template.
+        model: The policy.
+        tokenizer: Its tokenizer.
         problems_per_variant: Held-out problems of each variant, at least 2 for standard errors.
-        reward: As in `held_out_accuracy`.
-        samples: Completions a problem.
-        temperature: Of the sampling; 0 for greedy completions.
-        max_new_tokens: Longest completion, in tokens.
-        batch_size: Completions generated at once.
-        seed: Of the sampling.
-        problems_seed: Decides which problems.
+        reward: Scores completions.
+        **options: As `held_out_accuracy`.
 
     Returns:
         ``test`` (mean of the variants' accuracies), ``test_stderr`` (of that mean, from the spread between the
@@ -311,20 +296,8 @@ def suite_accuracy(  # noqa: PLR0913 (the last six are options by name)
     Raises:
         ValueError: If no problem of a variant could be scored.
     """
-    problems = [
-        row for name in task.VARIANTS for row in task.problems("test", problems_per_variant, problems_seed, name)
-    ]
-    grouped, _ = _group_scores(
-        model,
-        tokenizer,
-        problems,
-        reward,
-        samples=samples,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        seed=seed,
-    )
+    problems = [row for name in task.VARIANTS for row in task.problems("test", problems_per_variant, variant=name)]
+    grouped, _ = _group_scores(model, tokenizer, problems, reward, **options)
     tasks = {}
     for i, name in enumerate(task.VARIANTS):
         accuracy, error, _ = _mean(grouped[i * problems_per_variant : (i + 1) * problems_per_variant])
