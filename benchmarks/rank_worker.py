@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,29 @@ def shard_on_cpus() -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
+def held(trainer: CAPOTrainer) -> dict[str, int]:
+    """Bytes that this rank keeps between steps, each storage once: what `make plan` says of them is in `ranks.py`.
+
+    Args:
+        trainer: after its last step.
+
+    Returns:
+        `weights` of the forward pass; `optimizer`: master weights, if there are any beside them, and Adam's moments.
+    """
+    optimizer = trainer.optimizer.optimizer
+    masters = getattr(optimizer, "single_partition_of_fp32_groups", None)  # ZeRO-2
+    masters = masters or getattr(optimizer, "fp32_partitioned_groups_flat", [])  # ZeRO-3
+    moments = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor) and x.ndim]
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {"weights": _bytes(model.parameters()), "optimizer": _bytes([*masters, *moments])}
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    mine = [getattr(x, "ds_tensor", x).detach() for x in tensors]
+    mine = [x.to_local() if isinstance(x, DTensor) else x for x in mine]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in mine}.values())
+
+
 def train(policy: Path, out: Path, training: dict[str, Any], capo: dict[str, Any]) -> dict[str, Any]:
     """Train `STEPS` steps.
 
@@ -106,7 +130,8 @@ def train(policy: Path, out: Path, training: dict[str, Any], capo: dict[str, Any
         capo: fields of CAPOConfig.
 
     Returns:
-        `kind` of the distribution, `seen` selections, CAPO's `state`, `parameters`, `metrics` of each step.
+        `kind` of the distribution, `seen` selections, CAPO's `state`, `parameters`, `metrics` of each step, bytes
+        `held`.
     """
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if training["bf16"] else "no"
     args = GRPOConfig(
@@ -139,8 +164,9 @@ def train(policy: Path, out: Path, training: dict[str, Any], capo: dict[str, Any
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model, bytes_held = trainer.accelerator.unwrap_model(trainer.model), held(trainer)
     return {
+        "held": bytes_held,
         "kind": trainer.accelerator.distributed_type.value,
         "seen": trainer.seen,
         "state": trainer.step_model.state_dict(),

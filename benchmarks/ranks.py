@@ -124,7 +124,7 @@ def compare(ranks: Sequence[dict[str, Any]], one: dict[str, Any]) -> dict[str, A
         difference of CAPO's moments, of their largest value; `parameters`, that of the parameters after the last
         step, in their own unit, without the attention's key biases: no logit depends on them, so their gradient is
         rounding, of which Adam makes whole steps; `metrics`, the largest relative one and its name; `agree`, whether
-        all ranks hold the same CAPO state and parameters, bit for bit.
+        all ranks hold the same CAPO state and parameters, bit for bit; `held`, bytes of a rank.
 
     Raises:
         RuntimeError: they have not seen the same tokens.
@@ -149,6 +149,7 @@ def compare(ranks: Sequence[dict[str, Any]], one: dict[str, Any]) -> dict[str, A
         "second_moment": relative(state["second_moment"], reference["second_moment"]),
         "parameters": max(differences),
         "metrics": max(metric_differences(first["metrics"], one["metrics"])),
+        "held": first["held"],
         "agree": all(same(first[what], rank[what]) for rank in ranks for what in ("state", "parameters")),
     }
 
@@ -178,6 +179,27 @@ def metric_differences(
     return found
 
 
+def planned(accelerator: str, count: int, bf16: bool, found: dict[str, int]) -> str:
+    """What a rank holds beside what `make plan` says of it.
+
+    Args:
+        accelerator: names a file of recipes/accelerate_configs.
+        count: parameters of the model.
+        bf16: whether it is trained in mixed precision.
+        found: bytes of `weights` and `optimizer`.
+
+    Returns:
+        A row of a table.
+    """
+    from open_r1_capo.plan.memory import states
+
+    weights, _, optimizer = states(count, accelerator, 2, 2 if bf16 else 4)
+    said = {"weights": weights, "optimizer": optimizer}
+    cells = [f"{found[name] / count:.2f} | {said[name] / count:.2f}" for name in said]
+    return f"| {accelerator} | {'bfloat16' if bf16 else 'float32'} | {' | '.join(cells)} |"
+
+
+PLANNED = "\n| | | weights, bytes a parameter | planned | optimizer | planned |\n|---|---|---|---|---|---|"
 HEAD = "| | case | masks that differ | P | Q | parameters | metrics | ranks agree |\n|---|---|---|---|---|---|---|---|"
 
 
@@ -202,7 +224,7 @@ def main() -> int:
     parser.add_argument("--case", action="append", choices=CASES, help="by default all")
     parser.add_argument("--save", action="store_true", help="into benchmarks/results/ranks.json")
     options = parser.parse_args()
-    table = []
+    table, memory = [], {}
     print(HEAD)
     with tempfile.TemporaryDirectory() as scratch:
         model = policy(Path(scratch) / "policy")
@@ -218,8 +240,12 @@ def main() -> int:
             alone = references | (run(accelerator, 1, model, folder(scratch), rounded) if rounded else {})
             for case, ranks in run(accelerator, 2, model, folder(scratch), cases).items():
                 found = compare(ranks, alone[case][0])
+                count = sum(value.numel() for value in ranks[0]["parameters"].values())
+                bf16 = bool(cases[case][0].get("bf16"))
+                memory[accelerator, bf16] = planned(accelerator, count, bf16, found["held"])
                 table.append({"accelerator": accelerator, "case": case, **found})
                 print(line(accelerator, case, found), flush=True)
+    print("\n".join([PLANNED, *memory.values()]))
     if options.save:
         from common import save
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from test_grpo import metrics
+from open_r1_capo import grpo
+from test_grpo import command, metrics
 
 ROOT = Path(__file__).parents[1]
 STAND_INS = Path(__file__).with_name("stand_ins")
@@ -257,3 +258,9 @@ def test_a_run_in_shards_ends_and_goes_on(start, tmp_path):
     again = load_file(last / "model.safetensors")
     assert weights.keys() == again.keys()
     assert all(torch.equal(value, again[name]) for name, value in weights.items())
+
+
+def test_fsdp_that_shards_nothing_is_said(tiny_policy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert grpo.main(command(tmp_path, tiny_policy, "max_steps=1")) == 0
+    assert "FSDP is ignored" in capsys.readouterr().err

@@ -17,7 +17,6 @@ import logging
 import netrc
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
@@ -158,7 +157,6 @@ def fill(
         folder.trim_metrics(int(resume.name.rpartition("-")[2]) if resume else 0)
 
     # --- training ----------------------------------------------------------------------------------------------------
-    start = time.time()
     if resume:
         say(f"going on from {resume}")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -169,7 +167,7 @@ def fill(
         return
 
     # --- the result --------------------------------------------------------------------------------------------------
-    summary = summarise(settings, folder.read_metrics(), before, after, time.time() - start)
+    summary = summarise(settings, folder.read_metrics(), before, after)
     write_report(folder, settings, summary)
     write_atomically(folder.summary, json.dumps(summary, indent=2) + "\n")
     print("\n".join(summary_lines(folder)))
@@ -323,6 +321,8 @@ def make_trainer(
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"the trainer cannot be built: {' '.join(str(error).split())}") from None
     trainer.remove_callback(PrinterCallback)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
+        say("FSDP is ignored: accelerate shards on GPUs alone, so that every process here holds the whole model")
     if backend:
         attach(trainer, backend)
     return trainer
