@@ -40,7 +40,7 @@ def run_folder(tmp_path):
         {
             "step": i, "reward": 0.1 * (i % 4), "completions": 96 * i, "accepted_tokens": 900 * i, "grad_norm": 0.0,
             "entropy": 0.3, "capo/rejected_frac": 0.01 * i, "capo/scaled_frac": 0.0, "capo/measured_kl": 1e-3 * i,
-            "capo/step_scale": 1.0, "capo/policy_shift/max": 0.0,
+            "capo/step_scale": 1.0, "capo/policy_shift/max": 0.0, "time/total": 0.5,
             **({"accuracy": 0.2 + 0.01 * i} if i % 5 == 0 else {}),
         }
         for i in range(1, 21)
@@ -50,7 +50,7 @@ def run_folder(tmp_path):
     (folder / "config.yaml").write_text("recipe: capo_aggressive\nscale: lab\nseed: 0\nenvironment: {}\n")
     settings = {"recipe": "capo_aggressive", "scale": "lab", "seed": 0}
     accuracy = {"accuracy": 0.2, "standard_error": 0.01, "n": 500}
-    summary = report.summarise(settings, RunFolder(folder).read_metrics(), accuracy, accuracy, 12.0)
+    summary = report.summarise(settings, RunFolder(folder).read_metrics(), accuracy, accuracy)
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -62,6 +62,7 @@ def test_summary(run_folder):
     assert (summary["accuracy_best"], summary["accuracy_best_step"]) == (pytest.approx(0.4), 20)
     assert summary["rejected_frac"] == {"mean": pytest.approx(0.105), "max": 0.2, "min": 0.01}
     assert len(summary["reward_windows"]) == 2
+    assert summary["training_seconds"] == 10  # of all steps, whichever call took them
 
 
 def test_a_collapse_is_said(run_folder):

@@ -69,7 +69,7 @@ def _read(folder: RunFolder, settings: dict[str, Any], name: str) -> tuple[dict[
     metrics, summary, note = metric_columns(rows), folder.finished(), ""
     if summary is None:
         note = unfinished(folder, settings, metrics)
-        summary = summarise(settings, rows, None, None, 0.0) if metrics else {}
+        summary = summarise(settings, rows) if metrics else {}
     tests = folder.read_evaluations()
     return {"label": name, "metrics": metrics, "tests": test_columns(tests)}, summary | _best_test(tests), note
 

@@ -31,13 +31,12 @@ def write_report(folder: RunFolder, settings: dict[str, Any], summary: dict[str,
         settings: the resolved recipe.
         summary: from `summarise`; None for a run that has not ended.
     """
-    metrics, tests = metric_columns(folder.read_metrics()), folder.read_evaluations()
+    rows, tests = folder.read_metrics(), folder.read_evaluations()
+    metrics = metric_columns(rows)
     status = unfinished(folder, settings, metrics) if summary is None else ""
     status += " The same command goes on with it; make report draws it again." if status else ""
     if summary is None:
-        rows = folder.read_metrics()
-        spent = sum(v for v in metrics.get("time/total", ()) if v)
-        summary = summarise(settings, rows, None, None, spent) if metrics else {}
+        summary = summarise(settings, rows) if metrics else {}
     run = {"label": label(settings), "metrics": metrics, "tests": test_columns(tests)}
     panels = run_panels(metrics, run["tests"], tests[-1].get("over", 0) if tests else 0)
     worst = worst_steps(metrics)

@@ -13,9 +13,8 @@ WINDOW = 10  # steps of a reward window
 def summarise(
     settings: dict[str, Any],
     rows: list[dict[str, Any]],
-    before: dict[str, float] | None,
-    after: dict[str, float] | None,
-    seconds: float,
+    before: dict[str, float] | None = None,
+    after: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """What the run ended with.
 
@@ -24,7 +23,6 @@ def summarise(
         rows: all metric lines.
         before: held-out accuracy of the base policy, with its standard error and n.
         after: the same at the end.
-        seconds: training time of this call.
 
     Returns:
         The content of summary.json.
@@ -41,7 +39,8 @@ def summarise(
         "reward_windows": [round(w, 4) for w in windows],
         "accuracy_before": before,
         "accuracy_after": after,
-        "training_seconds": round(seconds, 1),
+        # of all calls that it took, without what was done between the steps
+        "training_seconds": round(sum(row.get("time/total") or 0.0 for row in rows), 1),
     }
     measured = {row["step"]: row["accuracy"] for row in rows if row.get("accuracy") is not None}
     if measured:
