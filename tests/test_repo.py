@@ -150,6 +150,13 @@ def test_documented_commands_exist(path, line):
             assert (ROOT / word).exists(), line
 
 
+def test_the_readme_names_every_part():
+    files = (ROOT / "README.md").read_text().split("## Files")[1]
+    parts = [path.name for path in (ROOT / "src" / PACKAGE).iterdir() if path.suffix == ".py" or path.is_dir()]
+    parts = [name for name in parts if not name.startswith("__")]
+    assert not [name for name in parts if name not in files]
+
+
 def test_documented_links_exist():
     for path in documents():
         for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
