@@ -1,6 +1,7 @@
 """Experiments are read into runs, a search asks for the runs that decide it, and a sweep does what is missing."""
 
 import json
+import subprocess
 
 import pytest
 import yaml
@@ -147,6 +148,25 @@ def test_what_is_missing(folder):
     write_run(experiment.folder(experiment.arms[0], 2), [0.5] * 10)
     assert sweep.missing(experiment, experiment.runs()) == [(experiment.arms[0], 3)]
     assert "SCALE=lab SEED=3" in sweep.command(experiment, (experiment.arms[0], 3))
+
+
+def test_a_run_beyond_the_lab_is_made_by_make(folder, tmp_path, monkeypatch, capsys):
+    """The line that is shown and the one that a worker runs both reach a program with every override whole."""
+    grid = {"learning_rate": [1e-4, 1e-5]}
+    folder("one", title="T", seeds=[2], arms=[{"label": "A", "recipe": "grpo_planned", "grid": grid}])
+    (tmp_path / "Makefile").write_text("train:\n\t@printf '%s\\n' $(RECIPE) $(SCALE) $(SEED) $(ARGS) >> said\n")
+    assert sweep.main(["one", "--scale", "qwen2.5-math-1.5b", "--dry-run"]) == 0
+    subprocess.run(["bash", "-c", capsys.readouterr().out.splitlines()[0]], check=True)
+    shown = (tmp_path / "said").read_text()
+    assert shown.splitlines()[:3] == ["grpo_planned", "qwen2.5-math-1.5b", "2"]
+    assert "variant='learning_rate=0.0001'" in shown.splitlines()
+    (tmp_path / "said").unlink()
+    assert (
+        sweep.main(["one", "--scale", "qwen2.5-math-1.5b", "--jobs", "1", "--launcher", "joblib"]) == 1
+    )  # no summary
+    assert (tmp_path / "said").read_text().startswith(shown)
+    assert sweep.main(["one", "--jobs", "0"]) == 2
+    assert "at least 1, got 0" in capsys.readouterr().err
 
 
 def test_outcomes():

@@ -122,7 +122,7 @@ def load(name: str, scale: str = "lab", seeds: int | None = None) -> Experiment:
     if name not in known_experiments():
         near = difflib.get_close_matches(name, known_experiments(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ExperimentError(f"there is no experiment {name!r}{hint} There are {', '.join(known_experiments())}")
+        raise ExperimentError(f"there is no experiment {name!r}{hint} (there are {', '.join(known_experiments())})")
     content = _read(name)
     chosen = tuple(content["seeds"])
     if seeds is not None and not 1 <= seeds <= len(chosen):

@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -61,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="list the missing runs")
     parser.add_argument("hydra", nargs="*", help="settings of the launcher, such as hydra.launcher.partition=gpu")
     options = parser.parse_intermixed_args(argv)  # make puts options between the name and the settings
+    if options.jobs is not None and options.jobs < 1:
+        print(f"error: --jobs is the number of runs side by side, at least 1, got {options.jobs}", file=sys.stderr)
+        return 2
     try:
         experiment = load(options.name or "", options.scale, options.seeds)
         check(experiment)
@@ -210,10 +214,26 @@ def missing(experiment: Experiment, jobs: Iterator[Job] | Sequence[Job]) -> list
 
 
 def command(experiment: Experiment, job: Job) -> str:
-    """The make command of one run."""
+    """The make command of one run, as a shell reads it."""
     arm, seed = job
-    settings = " ".join(item for item in experiment.overrides(arm, seed) if not item.startswith(("scale=", "seed=")))
-    return f'make train RECIPE={arm.recipe} SCALE={experiment.scale} SEED={seed} ARGS="{settings}"'
+    return shlex.join(make_train(arm.recipe, experiment.overrides(arm, seed)))
+
+
+def make_train(recipe: str, overrides: Sequence[str]) -> list[str]:
+    """The make command of a run, word by word.
+
+    Args:
+        recipe: its name.
+        overrides: among them scale and seed, which make is told by variables, as the scale decides how it launches.
+
+    Returns:
+        The words; make hands ARGS to a shell, so that it is quoted in itself.
+    """
+    names = {"scale": "SCALE", "seed": "SEED"}
+    said = [item for item in overrides if item.partition("=")[0] in names]
+    rest = shlex.join(item for item in overrides if item not in said)
+    variables = [f"{names[key]}={value}" for key, _, value in (item.partition("=") for item in said)]
+    return ["make", "train", f"RECIPE={recipe}", *variables, f"ARGS={rest}"]
 
 
 def log_of(experiment: Experiment, job: Job) -> Path:
@@ -267,10 +287,8 @@ def run_job(config: DictConfig) -> int:
     with Path(job["log"]).open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         print(f"{time.strftime('%F %T')} {job['recipe']} {' '.join(job['overrides'])}", flush=True)
         if not job["in_process"]:
-            settings = " ".join(job["overrides"])
-            return subprocess.run(
-                ["make", "train", f"RECIPE={job['recipe']}", f"ARGS={settings}"], stdout=log, stderr=log, check=False
-            ).returncode
+            words = make_train(job["recipe"], job["overrides"])
+            return subprocess.run(words, stdout=log, stderr=log, check=False).returncode
         from open_r1_capo import grpo  # seconds of imports that the listing of an experiment does not need
 
         GlobalHydra.instance().clear()  # the run composes its recipe itself
