@@ -31,12 +31,14 @@ def write_run(path, rewards):
 
 
 @pytest.mark.parametrize("name", known_experiments())
-def test_every_experiment_composes(name):
+def test_every_experiment_composes(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no runs are
     sweep.check(load(name))
 
 
 @pytest.mark.parametrize("scale", ["qwen2.5-math-7b", "lab_wide"])
-def test_the_main_figure_composes_at_every_scale(scale):
+def test_the_main_figure_composes_at_every_scale(scale, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     sweep.check(load("fig2", scale))
 
 
