@@ -193,7 +193,7 @@ def make(name: str, options: argparse.Namespace) -> list[Path]:
     result = entry.make(data, options.smooth)
     for one in data if isinstance(data, list) else [data]:
         curves.warn(name, one.warnings)
-    return save(result, name, options.out)
+    return save(result, name if entry.scales or options.scale == "lab" else f"{name}_{options.scale}", options.out)
 
 
 def drawable(options: argparse.Namespace) -> list[str]:

@@ -87,12 +87,17 @@ def evaluate_run(options: argparse.Namespace) -> None:
         options: The command line.
 
     Raises:
-        EvalError: If the folder holds no complete checkpoint.
+        EvalError: If the folder holds no complete checkpoint, or the run has measured TEST itself.
         DataError: If a test set cannot be read.
     """
     run = options.run
     folders, at, lines = checkpoints(run), progress(run), []
     settings = training_settings(folders[0][1])
+    if (settings.get("evaluation") or {}).get("suite"):
+        raise EvalError(
+            f"{run} measured TEST while it trained (evaluation.suite), and its eval.jsonl is kept: evaluate a "
+            "checkpoint by MODEL=<run folder>/checkpoints/checkpoint-<step>"
+        )
     base = settings.get("model_name_or_path")
     jobs = [(step, str(folder), f"checkpoint-{step}") for step, folder in folders]
     if base:

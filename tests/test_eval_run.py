@@ -258,7 +258,7 @@ def test_settings_out_of_range(argument):
 # --- series ----------------------------------------------------------------------------------------------------------
 
 
-def test_series_of_checkpoints(engine, tmp_path, monkeypatch):
+def test_series_of_checkpoints(engine, tmp_path, monkeypatch, capsys):
     folder, bases = tmp_path / "run", []
     monkeypatch.setattr(policy, "base_policy", lambda settings: bases.append(settings) or engine.folder)
     for step in (10, 5, 20):
@@ -280,6 +280,12 @@ def test_series_of_checkpoints(engine, tmp_path, monkeypatch):
     found = json.loads((folder / "eval" / "checkpoint-5" / "results.json").read_text())
     assert found["settings"]["system_prompt"] == "Think."
     assert bases == [LabSettings(steps=7, mixture=Mixture(base=0.0))]  # the run's own, not the lab's first
+
+    (folder / "config.yaml").write_text(json.dumps(config | {"evaluation": {"suite": 20}}))
+    (folder / "eval.jsonl").write_text("{}\n")
+    assert run.main(["--run", str(folder), "--tasks", "gsm8k", "--data", str(engine.data)]) == 2
+    assert "measured TEST while it trained" in capsys.readouterr().err
+    assert (folder / "eval.jsonl").read_text() == "{}\n"
 
 
 # --- lighteval -------------------------------------------------------------------------------------------------------
