@@ -30,6 +30,7 @@ NAMES = {
     "unlikely": "share with probability < 0.1",
     "entropy": "entropy, mean (nats)",
     "positive": "share with A > 0",
+    "word": "share that are words (of letters alone)",
     "position": "position in the completion, 0 to 1",
     "kl_share": "share of the step's KL",
     "gradient_share": "share of the summed gradient norms",
@@ -48,7 +49,7 @@ def tokens_of(record: dict[str, Any], bounds: tuple[float, float] | None = None)
         bounds: δ_F and δ_H that reject a token here; None takes the rejections that took place.
 
     Returns:
-        Tokens with prob, entropy, kl, gradient_norm, advantage, position in [0, 1] and rejected.
+        Tokens with prob, entropy, kl, gradient_norm, advantage, word, position in [0, 1] and rejected.
     """
     found = []
     for completion in record["completions"]:
@@ -61,6 +62,7 @@ def tokens_of(record: dict[str, Any], bounds: tuple[float, float] | None = None)
             token |= {
                 "kl": completion["kl"][i] if completion["kl"] else None,
                 "advantage": completion["advantage"],
+                "word": completion["tokens"][i].strip().isalpha(),
                 "position": i / max(1, count - 1),
                 "rejected": over(shifts, bounds) if bounds else completion["weight"][i] == 0,
             }
@@ -117,6 +119,7 @@ def facts(members: Sequence[Token], everything: Sequence[Token]) -> dict[str, fl
         "unlikely": sum(token["prob"] < 0.1 for token in members) / count,
         "entropy": statistics.fmean(token["entropy"] for token in members),
         "positive": sum(token["advantage"] > 0 for token in members) / count,
+        "word": sum(token["word"] for token in members) / count,
         "position": statistics.fmean(token["position"] for token in members),
         "kl_share": _part(members, everything, "kl"),
         "gradient_share": _part(members, everything, "gradient_norm"),

@@ -57,15 +57,17 @@ def test_a_random_set_of_the_same_size():
 
 def token(**changes):
     base = {"prob": 0.9, "entropy": 0.1, "gradient_norm": 1.0, "kl": 1.0, "advantage": 1.0, "position": 0.5}
-    return base | {"rejected": False} | changes
+    return base | {"rejected": False, "word": False} | changes
 
 
 def test_groups_of_tokens():
-    odd = token(rejected=True, prob=0.05, entropy=2.0, gradient_norm=6.0, kl=12.0, advantage=-1.0, position=1.0)
+    odd = token(
+        rejected=True, prob=0.05, entropy=2.0, gradient_norm=6.0, kl=12.0, advantage=-1.0, position=1.0, word=True
+    )
     steps = [[odd, *[token() for _ in range(3)]], [token(kl=None)]]
     found = mechanism.describe(steps)
     assert found["rejected"] == {
-        "tokens": 1, "share": 1 / 5, "prob": 0.05, "unlikely": 1, "entropy": 2.0, "positive": 0, "position": 1.0,
+        "tokens": 1, "share": 1 / 5, "prob": 0.05, "unlikely": 1, "entropy": 2.0, "positive": 0, "position": 1.0, "word": 1,
         "kl_share": 12 / 15, "gradient_share": 6 / 10,
     }  # fmt: skip
     assert found["kept"]["tokens"] == 4
@@ -77,7 +79,7 @@ def test_groups_of_tokens():
 
 def test_tokens_of_a_record():
     completion = {
-        "advantage": -0.5, "tokens": ["a", "b", "c"], "prob": [0.1, 0.2, 0.3], "entropy": [1.0] * 3, "kl": None,
+        "advantage": -0.5, "tokens": ["sum ", "=", "b4"], "prob": [0.1, 0.2, 0.3], "entropy": [1.0] * 3, "kl": None,
         "gradient_norm": [1.0] * 3, "policy_shift": [0.5, 2.0, None], "objective_shift": [0.0, 0.0, 0.0],
         "weight": [1.0, 1.0, 0.0],
     }  # fmt: skip
@@ -86,6 +88,7 @@ def test_tokens_of_a_record():
     found = mechanism.tokens_of(record, (1.0, math.inf))
     assert [t["rejected"] for t in found] == [False, True, True]
     assert [t["position"] for t in found] == [0, 0.5, 1]
+    assert [t["word"] for t in found] == [True, False, False]
 
 
 @pytest.fixture(scope="module")
