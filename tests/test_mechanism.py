@@ -67,8 +67,8 @@ def test_groups_of_tokens():
     steps = [[odd, *[token() for _ in range(3)]], [token(kl=None)]]
     found = mechanism.describe(steps)
     assert found["rejected"] == {
-        "tokens": 1, "share": 1 / 5, "prob": 0.05, "unlikely": 1, "entropy": 2.0, "positive": 0, "position": 1.0, "word": 1,
-        "kl_share": 12 / 15, "gradient_share": 6 / 10,
+        "tokens": 1, "share": 1 / 5, "prob": 0.05, "unlikely": 1, "entropy": 2.0, "positive": 0, "position": 1.0,
+        "word": 1, "kl_share": 12 / 15, "gradient_share": 6 / 10,
     }  # fmt: skip
     assert found["kept"]["tokens"] == 4
     assert found["kept"]["kl_share"] == 3 / 15
