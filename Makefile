@@ -54,7 +54,7 @@ test-slurm: $(STAMP) ## the job scripts under a real Slurm of two stand-in nodes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider tests/slurm/real_slurm.py $(ARGS)
 
 test-faults: $(STAMP) ## runs killed, robbed of their server, their disk, their files; each must end as if nothing had happened [TIMES=10 VLLM=1]
-	@OMP_NUM_THREADS=1 TIMES=$(TIMES) VLLM=$(VLLM) $(BIN)/python -m pytest -q -p no:cacheprovider tests/faults/drills.py $(ARGS)
+	@OMP_NUM_THREADS=1 TIMES=$(TIMES) VLLM=$(VLLM) $(BIN)/python -m pytest -q -p no:cacheprovider tests/faults/process_drills.py tests/faults/file_drills.py $(ARGS)
 
 quality: $(STAMP) ## formatting, lint, documentation rules
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -17,9 +17,13 @@ from pathlib import Path
 from accelerate.state import AcceleratorState, PartialState
 
 from open_r1_capo import grpo
+from open_r1_capo.run_folder import RunFolder
+from test_grpo import same_run
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 900.0  # seconds for anything that takes seconds on an idle machine
+ANEW = not os.environ.get("FORKED")  # the first time, runs are started by a new interpreter
+CHEAP = "reward_funcs=[tag_count]"  # needs no worker processes, and varies as well
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -254,3 +258,27 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+# --- what they leave behind ------------------------------------------------------------------------------------------
+
+
+def folder_of(root):
+    return root / "capo_aggressive" / "lab" / "seed0"
+
+
+def lines(folder):
+    return len(RunFolder(folder).read_metrics())
+
+
+def reached(process, folder, step):
+    """Wait until a run has logged a step, or has ended."""
+    until(lambda: process.ended() or lines(folder) >= step)
+    assert not process.ended(), process.text()
+
+
+def goes_on(process, folder, reference, *, known=""):
+    """The same command finishes the run as if nothing had happened."""
+    assert process.wait() == 0, process.text()
+    assert known in process.text()
+    same_run(folder, reference)
