@@ -62,6 +62,13 @@ def test_sharded_states(accelerator, expected):
     assert memory.states(1000, accelerator, 4, 2) == tuple(1000 * x for x in expected)
 
 
+def test_deepspeed_keeps_masters_of_float32_weights_too():
+    """As benchmarks/ranks.py measured of two ranks: 6 bytes a parameter."""
+    assert memory.states(1000, "zero2", 2, 4) == (4000, 2000, 6000)
+    assert memory.states(1000, "zero3", 2, 4) == (2000, 2000, 6000)
+    assert memory.states(1000, "fsdp", 2, 4) == (2000, 2000, 4000)
+
+
 def test_the_cache_is_transformers():
     policy = model(TINY)
     cache = policy(**{**padded(3, 12), "use_cache": True}).past_key_values

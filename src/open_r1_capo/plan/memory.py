@@ -42,8 +42,8 @@ def states(parameters: int, accelerator: str, ranks: int, element: int) -> tuple
 
     In mixed precision DeepSpeed has bfloat16 weights and gradients (2 P each) and Adam's float32 weights and two
     moments (12 P): ZeRO-2 shards the latter two, ZeRO-3 all. DDP and FSDP have float32 weights and gradients (4 P
-    each) and moments (8 P); autocast adds a bfloat16 copy, under DDP of all weights. In float32 a weight is its own
-    master.
+    each) and moments (8 P); autocast adds a bfloat16 copy, under DDP of all weights. In float32 DeepSpeed keeps its
+    second copy all the same (measured: docs/parallelism.md); one process trains without DeepSpeed then.
 
     Args:
         parameters: P.
@@ -56,10 +56,11 @@ def states(parameters: int, accelerator: str, ranks: int, element: int) -> tuple
     """
     p, shard = parameters, parameters / ranks
     mixed = element == 2
+    deepspeed = (12 if mixed or ranks > 1 else 8) * shard
     if accelerator == "zero2":
-        return element * p, element * shard, (12 if mixed else 8) * shard
+        return element * p, element * shard, deepspeed
     if accelerator == "zero3":
-        return element * shard, element * shard, (12 if mixed else 8) * shard
+        return element * shard, element * shard, deepspeed
     if accelerator == "ddp":
         return 4 * p + (2 * p if mixed else 0), 4 * p, 8 * p
     return 4 * shard, 4 * shard, 8 * shard
