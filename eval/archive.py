@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     if len(argv) != 1 or not folders:
         print(f"error: give the file's name, and have finished runs in {OUTPUTS}", file=sys.stderr)
         return 2
-    lines = (f'"{one.path.relative_to(OUTPUTS)}": {json.dumps(entry(one))}' for one in folders if one.finished())
+    lines = (f'"{one.path.relative_to(OUTPUTS)}": {json.dumps(entry(one))}' for one in folders if one.finished() is not None)
     write_atomically(Path(argv[0]), "{\n" + ",\n".join(lines) + "\n}\n")
     return 0
 
