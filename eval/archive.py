@@ -44,10 +44,11 @@ def main(argv: list[str]) -> int:
         0, or 2 if there is no run or no name.
     """
     folders = [RunFolder(path.parent) for path in sorted(OUTPUTS.glob("*/*/seed*/summary.json"))]
+    folders = [folder for folder in folders if folder.finished() is not None]
     if len(argv) != 1 or not folders:
         print(f"error: give the file's name, and have finished runs in {OUTPUTS}", file=sys.stderr)
         return 2
-    lines = (f'"{one.path.relative_to(OUTPUTS)}": {json.dumps(entry(one))}' for one in folders if one.finished() is not None)
+    lines = (f'"{one.path.relative_to(OUTPUTS)}": {json.dumps(entry(one))}' for one in folders)
     write_atomically(Path(argv[0]), "{\n" + ",\n".join(lines) + "\n}\n")
     return 0
 
