@@ -27,7 +27,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "recipes" / "accelerate_configs"
 ACCELERATORS = ("ddp", "zero2", "zero3", "fsdp")
-MASK = {"mode": "mask", "max_policy_shift": 6.6, "max_objective_shift": 4.0, "top_k": 20, "measure_kl": 1.0}
+MASK = {"mode": "mask", "max_policy_shift": 6.6, "max_objective_shift": 1.0, "top_k": 20, "measure_kl": 1.0}
 SMALL = 1e-3  # a KL of float32 log-probabilities is known to some 1e-7
 CASES = {  # what is changed in `training` and in `capo`
     "float32": ({}, {}),
@@ -121,19 +121,15 @@ def compare(ranks: Sequence[dict[str, Any]], one: dict[str, Any]) -> dict[str, A
         one: the only one of another run.
 
     Returns:
-        `tokens`, `rejected` and `masks`, the tokens whose weight differs; `first_moment`, `second_moment`, the largest
-        difference of CAPO's moments, of their largest value; `parameters`, that of the parameters after the last
-        step, in their own unit, without the attention's key biases: no logit depends on them, so their gradient is
-        rounding, of which Adam makes whole steps; `metrics`, the largest relative one and its name; `agree`, whether
-        all ranks hold the same CAPO state and parameters, bit for bit; `held`, bytes of a rank.
+        What `selections` says; `first_moment`, `second_moment`, the largest difference of CAPO's moments, of their
+        largest value; `parameters`, that of the parameters after the last step, in their own unit, without the
+        attention's key biases: no logit depends on them, so their gradient is rounding, of which Adam makes whole
+        steps; `metrics`, the largest relative one and its name; `agree`, whether all ranks hold the same CAPO state
+        and parameters, bit for bit; `held`, bytes of a rank.
 
     Raises:
         RuntimeError: they have not seen the same tokens.
     """
-    seen = {name: columns for rank in ranks for name, columns in rank["seen"].items()}
-    if seen.keys() != one["seen"].keys():
-        raise RuntimeError("the ranks have not seen the tokens that the one process saw")
-    pairs = [(a, b) for name, columns in one["seen"].items() for a, b in zip(seen[name][0], columns[0], strict=True)]
     first = ranks[0]
     union = torch.unique(torch.cat([first["state"]["token_ids"], one["state"]["token_ids"]]))
     state, reference = (on_rows(union, run["state"]) for run in (first, one))
@@ -143,15 +139,41 @@ def compare(ranks: Sequence[dict[str, Any]], one: dict[str, Any]) -> dict[str, A
         if not name.endswith("k_proj.bias")
     ]
     return {
-        "tokens": len(pairs),
-        "rejected": sum(b == 0 for _, b in pairs),
-        "masks": sum(a != b for a, b in pairs),
+        **selections(ranks, one),
         "first_moment": relative(state["first_moment"], reference["first_moment"]),
         "second_moment": relative(state["second_moment"], reference["second_moment"]),
         "parameters": max(differences),
         "metrics": max(metric_differences(first["metrics"], one["metrics"])),
         "held": first["held"],
         "agree": all(same(first[what], rank[what]) for rank in ranks for what in ("state", "parameters")),
+    }
+
+
+def selections(ranks: Sequence[dict[str, Any]], one: dict[str, Any]) -> dict[str, Any]:
+    """What several ranks and one decided of the same tokens.
+
+    Args:
+        ranks: from `run`.
+        one: the only one of another run.
+
+    Returns:
+        `tokens`; `rejected`, of each step; `masks`, how many tokens have another weight; `shifts`, the largest
+        difference of a token's m_F or m_H, in units of its bound: tokens nearer to the bound may change sides.
+
+    Raises:
+        RuntimeError: they have not seen the same tokens.
+    """
+    seen = {name: columns for rank in ranks for name, columns in rank["seen"].items()}
+    if seen.keys() != one["seen"].keys():
+        raise RuntimeError("the ranks have not seen the tokens that the one process saw")
+    found, reference = (torch.cat([torch.tensor(run[name]) for name in seen], 1) for run in (seen, one["seen"]))
+    steps = torch.tensor([int(name.split()[0]) for name in seen for _ in seen[name][0]])
+    bounds = torch.tensor([MASK["max_policy_shift"], MASK["max_objective_shift"]])
+    return {
+        "tokens": len(steps),
+        "rejected": [int((reference[0, steps == step] == 0).sum()) for step in steps.unique()],
+        "masks": int((found[0] != reference[0]).sum()),
+        "shifts": float(((found[1:] - reference[1:]).abs() / bounds[:, None]).max()),
     }
 
 
@@ -217,14 +239,14 @@ def planned(accelerator: str, count: int, bf16: bool, found: dict[str, int]) -> 
 
 
 PLANNED = "\n| | | weights, bytes a parameter | planned | optimizer | planned |\n|---|---|---|---|---|---|"
-HEAD = "| | case | masks that differ | P | Q | parameters | metrics | ranks agree |\n|---|---|---|---|---|---|---|---|"
+HEAD = "| | case | masks that differ | shifts | P | Q | parameters | metrics | ranks agree |\n" + "|---" * 9 + "|"
 
 
 def line(accelerator: str, case: str, found: dict[str, Any]) -> str:
     """A row of the table, from `compare`."""
     size, name = found["metrics"]
-    masks = f"{found['masks']} of {found['tokens']} ({found['rejected']} rejected)"
-    numbers = " | ".join(f"{found[name]:.1e}" for name in ("first_moment", "second_moment", "parameters"))
+    masks = f"{found['masks']} of {found['tokens']} ({' + '.join(map(str, found['rejected']))} rejected)"
+    numbers = " | ".join(f"{found[name]:.1e}" for name in ("shifts", "first_moment", "second_moment", "parameters"))
     return (
         f"| {accelerator} | {case} | {masks} | {numbers} | {size:.1e} ({name}) | {'yes' if found['agree'] else 'no'} |"
     )

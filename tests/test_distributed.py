@@ -158,8 +158,9 @@ def test_two_ranks_in_shards_are_one(accelerator, tied, one_process, tmp_path):
         difference = ranks.compare(found, alone[case][0])
         assert difference["agree"], case
         assert difference["masks"] == 0, case
-        assert 0.1 < difference["rejected"] / difference["tokens"] < 0.9
-        # a gradient left over from the step before moves these by 6e-5 and 3e-5
+        assert 0.1 < sum(difference["rejected"]) / difference["tokens"] < 0.9
+        assert difference["shifts"] < 1e-3, case  # of the bounds
+        # a gradient left over from the step before moves these by 3e-2 and 6e-5
         assert max(difference["first_moment"], difference["second_moment"]) < 1e-5, case
         assert difference["parameters"] < 1e-5, case
         assert difference["metrics"][0] < 5e-3, (case, difference["metrics"])
