@@ -140,6 +140,27 @@ def test_a_restarted_server_gets_the_weights_again(tiny_policy, servers, other_w
     assert len(revived) == 1
 
 
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_restart_that_no_request_notices(tiny_policy, servers, other_weights, asked):
+    """Between the weights and the first request, or between two requests: the base weights would answer."""
+    server = servers()
+    one = client(server.url, model=tiny_policy)
+    one.start()
+    one.sync(other_weights)
+    expected = one.generate(PROMPTS, SAMPLING, seed=3)
+    complete, calls = one._complete, itertools.count()
+
+    def restarted(url, body):
+        if next(calls) == asked:
+            server.close()
+            servers(port=server.http.server_port)
+        return complete(url, body)
+
+    one._complete = restarted
+    one._each = lambda calls: [one._patiently(*call) for call in calls]  # in order
+    assert one.generate(PROMPTS, SAMPLING, seed=3) == expected
+
+
 def test_a_dead_child_is_started_again(child, other_weights):
     child.start()
     child.sync(other_weights)

@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import groupby
 from types import SimpleNamespace
@@ -62,7 +63,7 @@ class Server:
 
     def __init__(self, model, port=0, root=None, development=True):
         self.llm, self.broken, self.requests, self.lock = LLM(str(model)), 0, [], threading.Lock()
-        self.root, self.development = str(root or model), development
+        self.root, self.development, self.instance = str(root or model), development, uuid.uuid4().hex
         handler = type("Handler", (_Handler,), {"server_state": self})
         self.http = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
@@ -80,6 +81,8 @@ class Server:
             return 200, {"data": [{"id": "policy", "root": self.root}]}
         if path == "/reset_prefix_cache":
             return 200, None
+        if path == "/server_info?config_format=json" and self.development:
+            return 200, {"vllm_config": {"instance_id": self.instance}}
         if path == "/collective_rpc" and self.development:
             return 200, self.llm.collective_rpc(body["method"], body["kwargs"])
         if path == "/v1/completions" and body["model"] == "policy":

@@ -18,7 +18,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from open_r1_capo.generation.backend import Backend, Completion, GenerationError, Sampling, Unavailable, retry
+from open_r1_capo.generation.backend import (
+    ATTEMPTS,
+    Backend,
+    Completion,
+    GenerationError,
+    Sampling,
+    Unavailable,
+    retry,
+)
 
 AT_ONCE = 64  # requests to one server; it batches them itself
 CALL_SECONDS = 1800.0  # of one request: a long completion of a large model on a busy CPU
@@ -44,6 +52,7 @@ class VLLMServers(Backend):
     def __init__(self, urls: Sequence[str], model: str, timeout: float, sleep: Callable[[float], None] = time.sleep):
         self.urls, self.model, self.timeout, self.sleep = [url.rstrip("/") for url in urls], model, timeout, sleep
         self.names: dict[str, str] = {}
+        self.instances: dict[str, str] = {}  # which start of each server was given the weights
         self.weights: Path | None = None
         self._direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
 
@@ -78,7 +87,13 @@ class VLLMServers(Backend):
             url = self.urls[len(requests) % len(self.urls)]
             requests.append((url, lambda url=url, body=body: self._complete(url, body)))
             first += count
-        return [completion for answer in self._each(requests) for completion in answer]
+        for _ in range(ATTEMPTS):
+            before = dict(self.instances)
+            answers = self._each(requests)
+            if self._each([(url, lambda url=url: self._instance(url)) for url in before]) == list(before.values()):
+                return [completion for answer in answers for completion in answer]
+            self.sync(self.weights)  # a server that was started again answered some requests with the base weights
+        raise GenerationError("the vLLM servers lose the weights again and again: they are being restarted")
 
     def close(self) -> None:
         """Nothing: the servers belong to whoever started them."""
@@ -123,9 +138,14 @@ class VLLMServers(Backend):
             )
         return card["id"]
 
+    def _instance(self, url: str) -> str:
+        """What tells one start of a server from the next."""
+        return self._call(url, "/server_info?config_format=json")["vllm_config"]["instance_id"]
+
     def _reload(self, url: str) -> None:
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.weights)}}
         try:
+            self.instances[url] = self._instance(url)  # before the weights: a restart in between shows afterwards
             self._call(url, "/collective_rpc", body)
         except _NotFound:
             raise GenerationError(
