@@ -3,12 +3,13 @@
 import errno
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
-from open_r1_capo import callbacks, grpo
+from open_r1_capo import callbacks, checkpoint, grpo
 from open_r1_capo.callbacks import RunCallback
-from open_r1_capo.checkpoint import seal
+from open_r1_capo.checkpoint import newest_complete, seal
 from open_r1_capo.run_folder import RunFolder
 from test_grpo import command, refused
 
@@ -64,6 +65,10 @@ def test_deepspeeds_shards_fit_one_number(stopped, lab_policy, capsys, tmp_path)
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full"),
         (RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"), "the disk is full"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 816512 vs 816404"),
+            "the disk is full",
+        ),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk quota is used up"),
         (RuntimeError("I/O error: File too large (os error 27)"), "a file would be larger than ulimit -f allows"),
     ],
@@ -84,3 +89,24 @@ def test_a_policy_that_stands_still_is_told_once(tmp_path, capsys):
         if f"none of the last {callbacks.SKIPPED} updates was taken" in capsys.readouterr().err:
             told.append(state.global_step)
     assert told == [20, 36]
+
+
+def test_no_checkpoint_goes_before_the_next_is_complete(build, monkeypatch):
+    """A run dies just before it seals one, beside a torn one: of two that are kept, the complete one is there."""
+    trainer = build({"mode": "observe"}, max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=2)
+    folder, whole = Path(trainer.args.output_dir), checkpoint.seal
+
+    def tear_or_die(path, processes):
+        if path.name == "checkpoint-2":
+            raise KeyboardInterrupt
+        whole(path, processes)
+        (folder / "checkpoint-9").mkdir()  # as a killed run leaves one behind
+
+    monkeypatch.setattr(checkpoint, "seal", tear_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert newest_complete(folder)[0].name == "checkpoint-1"
+    monkeypatch.setattr(checkpoint, "seal", whole)
+    trainer._save_checkpoint(trainer.model, None)
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-2"}
+    assert newest_complete(folder)[0].name == "checkpoint-2"

@@ -303,7 +303,7 @@ def _check_training(run: RunConfig, args: dict[str, Any]) -> None:
         if args.get(name, wanted) != wanted:
             raise ConfigError(f"{name} must stay {wanted}: a run logs every step and resumes exactly, by itself")
     if args.get("save_total_limit") is not None:
-        _at_least(2, {"save_total_limit": args["save_total_limit"]})  # the older one goes before the newer is complete
+        _at_least(2, {"save_total_limit": args["save_total_limit"]})  # one alone, once damaged, leaves none
     accumulation = args["gradient_accumulation_steps"]
     reuse = (args.get("steps_per_generation") or accumulation) * args.get("num_iterations", 1)
     if args.get("save_steps", 500) * accumulation % reuse:

@@ -363,7 +363,8 @@ def explain(error: Exception) -> str | None:
     for code, what in FULL.items():
         if getattr(error, "errno", None) == code or os.strerror(code) in text:
             return f"{what}: make room, then the same command goes on from the last complete checkpoint"
-    if "PytorchStreamWriter failed" in text:  # it keeps the reason to itself
+    # torch keeps the reason to itself: the archive's writer failed, or is not where it should be
+    if "PytorchStreamWriter failed" in text or "unexpected pos" in text:
         return explain(OSError(errno.ENOSPC, ""))
     return None
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
 
 from open_r1_capo import checkpoint
@@ -346,7 +347,12 @@ class CAPOTrainer(GRPOTrainer):
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None  # no older one goes before this one is complete
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             extra = {"calibration": self.budget.calibration, "gradient_norms": self.guard.norms, **self.counters}
@@ -354,6 +360,7 @@ class CAPOTrainer(GRPOTrainer):
         self.accelerator.wait_for_everyone()  # the other ranks' shards are part of a complete checkpoint
         if self.args.should_save:
             checkpoint.seal(folder, self.accelerator.num_processes)
+            rotate_checkpoints(str(folder.parent), limit, use_mtime=True)
 
     def _load_optimizer_and_scheduler(self, folder):
         super()._load_optimizer_and_scheduler(folder)

@@ -48,7 +48,7 @@ def test_the_disk_is_full_within_a_checkpoint(start, whole, disk, tmp_path, rng)
         until(lambda: process.ended() or newest_complete(folder / "checkpoints")[0])
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (10**5, 10**5))
     assert process.wait() == 2, process.text()
-    what = "the disk is full" if root else r"a file would be larger than ulimit -f allows"
+    what = "the disk is full" if root else "a file would be larger than ulimit -f allows"
     assert (
         process.sentence()
         == f"error: {what}: make room, then the same command goes on from the last complete checkpoint"

@@ -147,9 +147,11 @@ def robbed(start, serve, tmp_path, rng):
     server = serve()
     where = f"vllm_server_base_url={server.url}"
     process = start(*SERVED, where)
-    reached(process, folder_of(tmp_path), rng.randrange(1, 4))
-    process.work(rng.uniform(0, 0.3))
+    reached(process, folder_of(tmp_path), rng.randrange(1, 3))
+    process.work(rng.uniform(0, 0.2)).kill(signal.SIGSTOP)
+    assert lines(folder_of(tmp_path)) <= 4, "too late: no step would ask the server any more"
     assert server.kill().wait() == -signal.SIGKILL
+    process.kill(signal.SIGCONT)
     return process, where, server.port
 
 
