@@ -167,7 +167,8 @@ def train(arguments, log, anew, injury=None):
         return Process(forked, log)
     if injury is None:
         return Process([sys.executable, "-m", "open_r1_capo.grpo", *arguments], log)
-    script = f"import sys; sys.path.insert(0, {str(HERE)!r}); import processes; processes.inflict({injury!r}); "
+    paths = [str(HERE), str(HERE.parent)]
+    script = f"import sys; sys.path[:0] = {paths}; import processes; processes.inflict({injury!r}); "
     return Process([sys.executable, "-c", script + "sys.exit(processes.grpo.main())", *arguments], log)
 
 
