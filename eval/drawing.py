@@ -161,8 +161,6 @@ def draw_panel(axis: Axes, data: Data, panel: Panel, smooth: float) -> list[dict
     axis.set_title(panel.title)
     axis.set_xlabel(panel.x.replace("_", " ") if panel.x != "completions" else "training completions")
     scale_axes(axis, panel, drawn)
-    if panel.key in ("reward", TEST):
-        axis.set_ylim(bottom=0)
     return drawn
 
 
@@ -190,10 +188,14 @@ def scale_axes(axis: Axes, panel: Panel, drawn: Sequence[Mapping[str, Any]]) -> 
         axis.set_yscale("log", nonpositive="mask")
     elif panel.scale == "symlog" and len(values):
         axis.set_yscale("symlog", linthresh=10 ** math.floor(np.log10(np.quantile(values, 0.25))))
-        axis.set_ylim(bottom=0 if means.min() >= 0 else None)
     elif panel.scale == "percent":
         axis.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g} %")
-        axis.set_ylim(bottom=0)
+
+
+def from_zero(panel: Panel, drawn: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a panel's vertical axis begins at 0: accuracies, shares, and a symlog without negative values."""
+    lowest = min((arm["mean"].min() for arm in drawn if len(arm["mean"])), default=0)
+    return panel.key in ("reward", TEST) or panel.scale == "percent" or (panel.scale == "symlog" and lowest >= 0)
 
 
 def thousands(x: float) -> str:
@@ -222,6 +224,9 @@ def draw(data: Data, panels: Sequence[Panel], columns: int, smooth: float) -> Re
         for axis, panel in zip(axes.flat, panels, strict=False):
             arms = draw_panel(axis, data, panel, smooth)
             shown.append({"title": panel.title, "key": panel.key, "x": panel.x, "arms": arms})
+        for axis, panel, one in zip(axes.flat, panels, shown, strict=False):
+            if from_zero(panel, one["arms"]):  # after all are drawn: it fixes the top of an axis that they share
+                axis.set_ylim(bottom=0)
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
         finish(figure, data, note(data, panels, smooth))

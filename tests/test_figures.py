@@ -207,6 +207,22 @@ def test_every_figure_is_made(place, fig2):
             drawing.plt.close(result.figure)
 
 
+@pytest.mark.parametrize("high", [0, 1])
+def test_panels_that_share_an_axis_hold_every_curve(place, high):
+    experiment = experiments.load("fig6")
+    synthetic_runs.write_experiment(experiment)
+    arm, rows = experiment.arms[high], synthetic_runs.metrics(experiment.arms[high], 2)
+    rows[50]["reward"] = 5.0
+    synthetic_runs.write_run(experiment.folder(arm, 2), arm, 2, rows)
+    panels = [
+        drawing.Panel("reward", one.label, shows=lambda line, label=one.label: line.arm.label == label)
+        for one in experiment.arms
+    ]
+    figure = drawing.draw(curves.load("fig6", experiment, ()), panels, 2, 0.0).figure
+    assert all(low == 0 and top > 5 for low, top in (axis.get_ylim() for axis in figure.axes))
+    drawing.plt.close(figure)
+
+
 def test_the_papers_points_are_drawn_at_its_scale_alone(place):
     for scale, marks in (("lab", 0), ("qwen2.5-math-7b", 3)):
         experiment = experiments.load("fig2", scale)
