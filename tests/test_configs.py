@@ -193,7 +193,7 @@ def test_what_each_recipe_trains(recipe, scale):
         assert args.num_iterations == 1
         assert run.system_prompt is None
         assert compose_recipe(recipe, [f"scale={scale}"])["needs_gpu"]
-        assert args.per_device_train_batch_size * 4 == 96
+        assert args.per_device_train_batch_size == 12
 
 
 def test_unused_thresholds_are_refused():

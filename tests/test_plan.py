@@ -66,7 +66,7 @@ def test_the_lab_is_measured_by_its_own_settings(tiny_policy):
 
 def test_the_papers_setting():
     """4 × H100, 24 sequences each, plain generation: the paper's 55.5 of 135.84 s are not fitted, nor are they met."""
-    plan = plan_7b(generation="transformers")
+    plan = plan_7b("per_device_train_batch_size=24", generation="transformers")
     assert (plan.workload.micro_batch, plan.workload.accumulation) == (24, 1)
     assert plan.fits
     assert 0.25 < plan.rows["generation"] / 55.5 < 1.5
@@ -92,22 +92,23 @@ def test_the_sequences_split_over_more_gpus():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "gpu", "accelerator"),
+    ("micro_batch", "recipe", "gpu", "accelerator"),
     [
-        ("grpo_conservative", "a100-80", "zero2"),
-        ("capo_aggressive", "h100", "ddp"),
-        ("capo_aggressive", "a100-40", "zero2"),
+        (24, "grpo_conservative", "a100-80", "zero2"),
+        (12, "capo_aggressive", "h100", "ddp"),
+        (12, "capo_aggressive", "a100-40", "zero2"),
     ],
 )
-def test_every_remedy_fits(recipe, gpu, accelerator):
-    plan = plan_7b(recipe=recipe, gpu=gpu, accelerator=accelerator)
+def test_every_remedy_fits(micro_batch, recipe, gpu, accelerator):
+    micro_batch = f"per_device_train_batch_size={micro_batch}"
+    plan = plan_7b(micro_batch, recipe=recipe, gpu=gpu, accelerator=accelerator)
     assert not plan.fits
     assert plan.remedies
     for remedy in plan.remedies:
         words = dict(word.split("=", 1) for word in shlex.split(remedy))
         machines = {"accelerator": accelerator} | {key.lower(): value for key, value in words.items() if key != "ARGS"}
         machines = {key: int(value) if value.isdigit() else value for key, value in machines.items()}
-        assert plan_7b(*words.get("ARGS", "").split(), recipe=recipe, gpu=gpu, **machines).fits, remedy
+        assert plan_7b(micro_batch, *words.get("ARGS", "").split(), recipe=recipe, gpu=gpu, **machines).fits, remedy
 
 
 def test_smaller_memory_never_fits_more():
@@ -125,7 +126,7 @@ def test_smaller_memory_never_fits_more():
         (["--accelerator", "ddp"], 1, "What would fit:"),
         (["--gpu", "a100-40"], 1, "no room for one sequence"),
         (["--scale", "lab"], 0, "1 × cpu, one process, transformers"),
-        (["max_steps=10", "--gpus", "8", "per_device_train_batch_size=12"], 0, "8 ranks × 1 × 12"),
+        (["max_steps=10", "--gpus", "8", "per_device_train_batch_size=6"], 0, "8 ranks × 2 × 6"),
         (
             ["--scale", "qwen2.5-math-1.5b", "--generation", "vllm_server", "--server-gpus", "2"],
             0,
@@ -145,7 +146,7 @@ def test_the_table(arguments, code, said, capsys):
     [
         (["--gpu", "b300"], "there are h100, h200, a100-80, a100-40, l40s, cpu"),
         (["--gpus", "5"], "cannot be shared by 5 training GPUs: choose GPUS and NODES that give 2, 3, 4, 6"),
-        (["--gpus", "8"], 'set ARGS="per_device_train_batch_size=12"'),
+        (["--gpus", "6"], 'set ARGS="per_device_train_batch_size=8"'),
         (["per_device_train_batch_size=x"], "per_device_train_batch_size must be a whole number above 0, got 'x'"),
         (["completions_per_step=many"], "completions_per_step must be a whole number above 0, got 'many'"),
         (["--recipe", "cappo"], "there is no recipe 'cappo'"),

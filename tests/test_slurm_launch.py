@@ -67,7 +67,7 @@ def test_part_of_a_node_serves():
     assert server.environment == {"VLLM_SERVER_DEV_MODE": "1"}
     port = value(server.command, "--port")
     assert f"vllm_server_base_url=http://10.0.0.1:{port}" in overrides(trainer)
-    assert "per_device_train_batch_size=16" in overrides(trainer)  # 96 = 3 × 2 × 16; the scale's 24 does not divide 32
+    assert "per_device_train_batch_size=8" in overrides(trainer)  # 96 = 3 × 4 × 8; the scale's 12 does not divide 32
     ports = [port, value(trainer.command, "--main_process_port")]
     assert len({*ports, *(item.split("=")[1] for item in overrides(trainer) if "group_port" in item)}) == 3
 
