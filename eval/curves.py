@@ -316,8 +316,7 @@ def scales_with_runs(name: str, seeds: int | None) -> list[Experiment]:
     Returns:
         The experiment at each of these scales, by name.
     """
-    known = sorted(path.stem for path in (experiments.EXPERIMENTS.parent / "scale").glob("*.yaml"))
-    found = [experiments.load(name, scale, seeds) for scale in known]
+    found = [experiments.load(name, scale, seeds) for scale in experiments.known_scales()]
     return [one for one in found if has_runs(one)]
 
 

@@ -99,6 +99,8 @@ def test_the_papers_settings(recipe, size):
         ("lr_scheduler_type=square", "TRL refuses these settings"),
         ("capo.step_feedback=false", r"capo.step_feedback has no effect with capo.step_policy_shift=inf"),
         ("vllm_gpu_memory_utilization=0.5", "has no effect with use_vllm=false"),
+        ("optim=sgd", "optimizer_model=adam does not describe the steps of optim=sgd"),
+        ("optim=adafactor", "does not describe the steps of optim=adafactor: use an Adam"),
         ("learning_rate", "an override is written key=value"),
     ],
 )
@@ -133,6 +135,18 @@ def test_more_bad_combinations():
     ):
         with pytest.raises(ConfigError):
             build(compose_recipe("capo_aggressive", overrides))
+
+
+def test_the_model_is_that_of_the_optimizer():
+    with pytest.raises(ConfigError, match="it needs capo.optimizer_model=adam"):
+        build(compose_recipe("grpo_planned", ["capo.optimizer_model=sgd"]))
+    for name, overrides in {
+        "grpo_planned": ["capo.optimizer_model=sgd", "optim=sgd"],
+        "grpo_aggressive": ["capo.mode=off", "optim=adafactor"],
+        "capo_aggressive": ["capo.optimizer_model=sgd"],  # the paper's Figure 6
+        "reincapo_aggressive": ["optim=adamw_torch_fused"],
+    }.items():
+        build(compose_recipe(name, overrides))
 
 
 def test_values_take_their_annotated_type():

@@ -27,7 +27,7 @@ def write_run(path, rewards):
     path.mkdir(parents=True)
     rows = [{"step": i + 1, "completions": 96 * (i + 1), "reward": r} for i, r in enumerate(rewards)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (path / "summary.json").write_text("{}")
+    (path / "summary.json").write_text(json.dumps({"steps": len(rewards)}))
 
 
 @pytest.mark.parametrize("name", known_experiments())
@@ -113,6 +113,8 @@ def test_unknown_names_and_seeds(folder):
         load("fig3")
     with pytest.raises(ExperimentError, match="SEEDS is 1 to 2"):
         load("fig2", seeds=3)
+    with pytest.raises(ExperimentError, match="no scale 'labb'; there are lab, lab_heavy"):
+        load("fig2", "labb")
 
 
 def test_an_arm_that_no_run_could_take_is_refused_before_any_run(folder, capsys):
@@ -150,6 +152,14 @@ def test_what_is_missing(folder):
     write_run(experiment.folder(experiment.arms[0], 2), [0.5] * 10)
     assert sweep.missing(experiment, experiment.runs()) == [(experiment.arms[0], 3)]
     assert "SCALE=lab SEED=3" in sweep.command(experiment, (experiment.arms[0], 3))
+
+
+def test_how_far_a_run_is(folder, tmp_path):
+    run = sweep.RunFolder(tmp_path / "run")
+    assert sweep._share_done(run) == 0
+    write_run(run.path, [0.3] * 15)
+    run.config.write_text("max_steps: 60\n")
+    assert sweep._share_done(run) == 0.25
 
 
 def test_a_run_beyond_the_lab_is_made_by_make(folder, tmp_path, monkeypatch, capsys):

@@ -66,9 +66,6 @@ EXPERIMENTS = {
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with experiment files and no runs, as the working directory."""
-    for scale in ("lab", "lab_wide", "qwen2.5-math-7b"):
-        (tmp_path / "scale").mkdir(exist_ok=True)
-        (tmp_path / "scale" / f"{scale}.yaml").touch()
     (tmp_path / "experiments").mkdir()
     for name, text in EXPERIMENTS.items():
         (tmp_path / "experiments" / f"{name}.yaml").write_text(text)
@@ -369,6 +366,11 @@ def test_command_line_is_checked(argument, place, capsys):
     assert argument.split("=")[1] in capsys.readouterr().err
 
 
+def test_a_scale_that_does_not_exist(place, capsys):
+    assert figures.main(["--scale", "nope"]) == 2
+    assert "there is no scale 'nope'; there are lab, lab_heavy" in capsys.readouterr().err
+
+
 def test_the_archive_keeps_every_reward_of_what_has_ended(place, capsys):
     assert archive.main(["all.json"]) == 2
     assert "have finished runs in outputs/experiments" in capsys.readouterr().err
@@ -376,7 +378,7 @@ def test_the_archive_keeps_every_reward_of_what_has_ended(place, capsys):
     synthetic_runs.write_experiment(experiment)
     folder = experiment.folder(experiment.arms[0], 2)
     assert archive.main(["all.json"]) == 2  # none of them has a summary
-    (folder / "summary.json").write_text("{}")
+    (folder / "summary.json").write_text('{"steps": 100}')
     assert archive.main(["all.json"]) == 0
     ((name, found),) = json.loads((place / "all.json").read_text()).items()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -91,6 +91,12 @@ def test_report_again_with_evaluations(run_folder, capsys):
     assert data_of(page)["runs"][0]["tests"]["step"] == [0, 10, 20]
 
 
+def test_an_empty_summary_is_a_run_that_has_not_ended(run_folder, capsys):
+    (run_folder / "summary.json").write_text("{}")
+    assert main([str(run_folder)]) == 0
+    assert "the run has not ended" in capsys.readouterr().out
+
+
 def test_columns():
     rows = [{"step": i, "reward": r, "learning_rate": 0.1, "capo/step_scale": s} for i, r, s in
             ((1, 0.2, 1.0), (2, math.nan, 0.5), (3, 0.4, 0.25))]  # fmt: skip

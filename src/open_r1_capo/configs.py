@@ -304,6 +304,7 @@ def _check_training(run: RunConfig, args: dict[str, Any]) -> None:
             raise ConfigError(f"{name} must stay {wanted}: a run logs every step and resumes exactly, by itself")
     if args.get("save_total_limit") is not None:
         _at_least(2, {"save_total_limit": args["save_total_limit"]})  # one alone, once damaged, leaves none
+    _check_optimizer(run.capo, args.get("optim", "adamw_torch"))
     accumulation = args["gradient_accumulation_steps"]
     reuse = (args.get("steps_per_generation") or accumulation) * args.get("num_iterations", 1)
     if args.get("save_steps", 500) * accumulation % reuse:
@@ -313,6 +314,22 @@ def _check_training(run: RunConfig, args: dict[str, Any]) -> None:
         )
     if run.capo.weighs and (args.get("entropy_coef") or args.get("use_adaptive_entropy")):
         raise ConfigError("an entropy bonus would act on rejected tokens: set entropy_coef=0, or capo.mode=observe")
+
+
+def _check_optimizer(capo: CAPOConfig, optim: str) -> None:
+    """Refuse a model of another optimizer than the real one, but the paper's SGD model of Adam's steps (Fig. 6)."""
+    real = next((kind for kind in ("adam", "sgd") if kind in optim), None)
+    if capo.mode == "off" or real == capo.optimizer_model:
+        return
+    if real is None or real == "sgd":
+        raise ConfigError(
+            f"capo.optimizer_model={capo.optimizer_model} does not describe the steps of optim={optim}: use an Adam, "
+            "or optim=sgd with capo.optimizer_model=sgd, or capo.mode=off"
+        )
+    if capo.plans_steps and capo.step_rule == "plan":
+        raise ConfigError(
+            f"capo.step_policy_shift plans the step that optim={optim} takes: it needs capo.optimizer_model={real}"
+        )
 
 
 def _check_batch(run: RunConfig, trl: dict[str, Any]) -> None:

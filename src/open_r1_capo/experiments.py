@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "recipes" / "experiments"
+SCALES = EXPERIMENTS.parent / "scale"
 COMMON = "common"  # the file of settings that every run of a scale shares
 OUTPUTS = Path("outputs/experiments")
 KEYS = {"title", "extends", "only", "seeds", "arms", "search", "lab"}  # lab: what it changes of COMMON's there
@@ -105,6 +106,11 @@ def known_experiments() -> list[str]:
     return sorted(path.stem for path in EXPERIMENTS.glob("*.yaml") if path.stem != COMMON)
 
 
+def known_scales() -> list[str]:
+    """The names of `recipes/scale/*.yaml`."""
+    return sorted(path.stem for path in SCALES.glob("*.yaml"))
+
+
 def load(name: str, scale: str = "lab", seeds: int | None = None) -> Experiment:
     """Read an experiment.
 
@@ -117,12 +123,15 @@ def load(name: str, scale: str = "lab", seeds: int | None = None) -> Experiment:
         The experiment, its grids written out.
 
     Raises:
-        ExperimentError: an unknown experiment or key, an arm without label or recipe, or fewer seeds than asked for.
+        ExperimentError: an unknown experiment, scale or key, an arm without label or recipe, or fewer seeds than
+            asked for.
     """
     if name not in known_experiments():
         near = difflib.get_close_matches(name, known_experiments(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ExperimentError(f"there is no experiment {name!r}{hint} (there are {', '.join(known_experiments())})")
+    if scale not in known_scales():
+        raise ExperimentError(f"there is no scale {scale!r}; there are {', '.join(known_scales())}")
     content = _read(name)
     chosen = tuple(content["seeds"])
     if seeds is not None and not 1 <= seeds <= len(chosen):

@@ -162,11 +162,12 @@ class RunFolder:
             self._lock.close()
 
     def finished(self) -> dict[str, Any] | None:
-        """The summary of a run that has ended, or None."""
+        """The summary of a run that has ended, or None; what holds no steps is no summary."""
         try:
-            return json.loads(self.summary.read_text())
+            summary = json.loads(self.summary.read_text())
         except (OSError, ValueError):
             return None
+        return summary if isinstance(summary, dict) and "steps" in summary else None
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All metric lines so far; a last line that was cut off is left out."""

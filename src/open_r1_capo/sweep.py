@@ -27,7 +27,7 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from open_r1_capo.callbacks import duration
 from open_r1_capo.configs import ConfigError
@@ -327,11 +327,12 @@ def progress(experiment: Experiment, jobs: Sequence[Job], seconds: float = 5.0) 
 
 
 def _share_done(folder: RunFolder) -> float:
-    """The share of a running run's steps that it has written, taking the paper's 100 steps."""
+    """The share of a running run's steps that it has written."""
     if not folder.metrics.is_file():
         return 0.0
+    planned = OmegaConf.load(folder.config).max_steps  # written before the first step
     with folder.metrics.open("rb") as file:
-        return min(0.99, sum(1 for _ in file) / 100)
+        return min(0.99, sum(1 for _ in file) / planned)
 
 
 def _has_slurm(scale: str) -> bool:
