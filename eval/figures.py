@@ -163,6 +163,7 @@ FIGURES = {
     "tuning_methods": Entry(tables.tuning, tables.ACTS),
     "tuning_rivals": Entry(tables.tuning, tables.ACTS),
     "tuning_mask": Entry(tables.tuning, tables.ACTS),
+    "tuning_sgd": Entry(tables.tuning, tables.ACTS),
     "efficiency": Entry(tables.efficiency, (TEST,)),
     "transfer": Entry(tables.transfer, tables.ACTS, scales=True),
     "transfer_batch": Entry(tables.transfer, tables.ACTS, scales=True),

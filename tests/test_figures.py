@@ -59,6 +59,7 @@ EXPERIMENTS = {
           grid: {learning_rate: [4.0e-4, 1.6e-3]}}]}""",
     "tuning_rivals": "{title: rivals, extends: tuning_methods}",
     "tuning_mask": "{title: mask, extends: tuning_methods}",
+    "tuning_sgd": "{title: SGD, extends: tuning_methods}",
     "common": "{}",
 }
 
