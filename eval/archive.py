@@ -8,6 +8,7 @@ One entry a run, by its folder under `outputs/experiments`: commit, reward of ev
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def entry(folder: RunFolder) -> dict[str, Any]:
         commit; reward, one number a step; largest_kl in nats, None where it was not measured.
     """
     rows = folder.read_metrics()
-    kls = [row["capo/measured_kl"] for row in rows if row.get("capo/measured_kl") is not None]
+    kls = [kl for row in rows if (kl := row.get("capo/measured_kl")) is not None and math.isfinite(kl)]
     commit = yaml.safe_load(folder.config.read_text(encoding="utf-8"))["environment"]["commit"]
     rewards = [round(row["reward"], 3) for row in rows]
     return {"commit": commit, "reward": rewards, "largest_kl": float(f"{max(kls):.3g}") if kls else None}

@@ -101,6 +101,11 @@ def test_the_papers_settings(recipe, size):
         ("vllm_gpu_memory_utilization=0.5", "has no effect with use_vllm=false"),
         ("optim=sgd", "optimizer_model=adam does not describe the steps of optim=sgd"),
         ("optim=adafactor", "does not describe the steps of optim=adafactor: use an Adam"),
+        ("loss_type=drgrpo", "loss_type must be one of dapo, grpo, dr_grpo, .*, got 'drgrpo'"),
+        ("scale_rewards=grp", "scale_rewards must be one of group, batch, none"),
+        ("importance_sampling_level=seq", "must be one of token, sequence"),
+        ("top_entropy_quantile=-0.5", "top_entropy_quantile must be greater than 0 and at most 1"),
+        ("top_entropy_quantile=2", "at most 1, got 2"),
         ("learning_rate", "an override is written key=value"),
     ],
 )
@@ -135,6 +140,16 @@ def test_more_bad_combinations():
     ):
         with pytest.raises(ConfigError):
             build(compose_recipe("capo_aggressive", overrides))
+
+
+def test_what_cannot_act_is_refused(monkeypatch):
+    with pytest.raises(ConfigError, match="capo.denominator has no effect with loss_type=dr_grpo"):
+        compose_recipe("drcapo_aggressive", ["capo.denominator=all"])
+    with pytest.raises(ConfigError, match="make it a multiple of 3"):
+        build(compose_recipe("grpo_aggressive", ["steps_per_generation=6", "gradient_accumulation_steps=4"]))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match="skip_gradient_norm cannot stop DeepSpeed's step.* --accelerator fsdp"):
+        build(compose_recipe("grpo_norm_skip", []))
 
 
 def test_the_model_is_that_of_the_optimizer():

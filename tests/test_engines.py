@@ -56,6 +56,17 @@ def as_double(batch):
     return replace(batch, **parts)
 
 
+def test_rows_that_decayed_to_nothing_move_nothing():
+    """After 2100 steps of β₂ = 0.95 a float32 second moment is 0, and so is the decay that stands in for it."""
+    batch = batch_of(torch.float32)
+    step, nothing = AdamStep(VOCAB, 67, beta2=0.95, absent_rows="decay"), batch.select(slice(0, 0))
+    step.commit(batch.select(slice(0, 6)), torch.ones(6))
+    for _ in range(2100):
+        step.commit(nothing, torch.ones(0))
+    assert float(step.planned(batch).abs().max()) < 1e-6
+    assert bool(step.propose(batch).isfinite().all())
+
+
 @needs_native
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_nothing(threads):

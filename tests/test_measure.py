@@ -8,7 +8,7 @@ import torch
 
 import training
 from open_r1_capo.capo.curvature import objective_change
-from open_r1_capo.measure import spearman
+from open_r1_capo.measure import Measured, metrics, spearman
 from oracle import random_batch
 
 
@@ -99,6 +99,27 @@ def test_a_step_is_measured_against_the_full_policies(build):
         assert row["capo/kl_spearman"] == pytest.approx(correlation, abs=0.02)  # near ties change places
         assert kl > 1e-5
         assert 0 < head != kl
+
+
+def test_a_measurement_that_failed_is_not_a_kl_of_0(build):
+    trainer = build({"mode": "observe"}, max_steps=1)
+    found = []
+    after = trainer.after_step
+    trainer.after_step = lambda: (found.append(list(trainer._parts)), after())
+    trainer.train()
+    (part,) = found[0]
+    n = len(part.tokens)
+    broken = torch.full((n,), math.nan, dtype=torch.float64)
+    half = torch.where(torch.arange(n) % 2 == 0, torch.ones_like(broken), broken)
+    everyone = torch.ones(n, dtype=torch.bool)
+
+    def logged(kl):
+        return metrics(trainer.accelerator, [part], [Measured(everyone, kl, kl, kl, kl.float())])
+
+    assert math.isnan(logged(broken)["measured_kl"])
+    assert logged(broken)["measured_non_finite"] == 1
+    assert (logged(half)["measured_kl"], logged(half)["measured_non_finite"]) == (1, pytest.approx(n // 2 / n))
+    assert training.history(trainer)[0]["capo/measured_non_finite"] == 0
 
 
 def test_no_gradient_no_correlation(build):

@@ -12,8 +12,10 @@ import torch
 import oracle
 from open_r1_capo import counterfactual, grpo
 from open_r1_capo.capo.selection import TrustRegion
+from open_r1_capo.configs import build
 from open_r1_capo.counterfactual import ARMS, Counterfactual, gradient_split, shuffled, summary
 from open_r1_capo.lab import task
+from open_r1_capo.recipes import compose_recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
@@ -134,6 +136,28 @@ def test_the_step_is_taken_again(run, tmp_path, monkeypatch):
     assert "step taken with" in (tmp_path / "mechanism.md").read_text()
 
 
+@pytest.mark.parametrize(("recipe", "bound"), [("grpo_planned", "capo"), ("reinforce_aggressive", "reincapo")])
+def test_an_arm_changes_the_rule_and_nothing_else(recipe, bound, tmp_path, monkeypatch):
+    """The thresholds of the run's own method; a planned run stays planned under every rule."""
+    settings = compose_recipe(recipe, [])
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    taken = {}
+    monkeypatch.setattr(counterfactual, "build", lambda settings: taken.update(settings) or build(settings))
+    monkeypatch.setattr(counterfactual.grpo, "make_trainer", lambda *args, **kwargs: None)
+    monkeypatch.setattr(counterfactual, "base_policy", lambda settings: tmp_path)
+    monkeypatch.setattr(counterfactual.grpo, "load_tokenizer", lambda model: None)
+    monkeypatch.setattr(counterfactual.grpo, "load_dataset", lambda *args: None)
+    for arm, mode in (("none", "observe"), ("mask", "mask"), ("scale", "scale")):
+        Counterfactual(tmp_path, problems=1)._trainer(arm)
+        capo = taken["capo"]
+        rule = {} if arm == "none" else compose_recipe(f"{bound}{'_scale' * (arm == 'scale')}_aggressive", [])["capo"]
+        assert capo["mode"] == mode
+        assert capo.get("max_policy_shift") == rule.get("max_policy_shift")
+        assert capo.get("max_objective_shift") == rule.get("max_objective_shift")
+        same = ("step_policy_shift", "absent_rows", "step_feedback")
+        assert [capo.get(name) for name in same] == [settings["capo"].get(name) for name in same]
+
+
 def test_what_cannot_be_used(run, tmp_path, capsys):
     for arguments, message in (
         (["--run", str(tmp_path)], "holds no config.yaml of a run"),
@@ -162,6 +186,7 @@ def test_a_step_is_measured_on_the_problems_of_its_own_run(tmp_path):
     settings = {
         "data": {"name": "lab", "variant": "subtraction"},
         "capo": {"mode": "observe"},
+        "method": "grpo",
         "max_steps": 2,
         "seed": 3,
     }

@@ -180,7 +180,7 @@ def test_entropy_rule_is_observed(build):
     assert torch.equal(training.parameters(plain), training.parameters(ours))
     for part, row in zip(parts, training.history(ours), strict=True):
         high = part.entropy >= torch.quantile(part.entropy, 0.7)
-        assert torch.equal(part.selection.weight == 1, high)
+        assert torch.equal(part.taken.weight == 1, high)
         assert row["capo/rejected_frac_other"] == pytest.approx(1 - float(high.float().mean()))
 
 

@@ -7,6 +7,7 @@ import torch
 from trl import GRPOTrainer
 
 import training
+from open_r1_capo.capo import AdamStep
 from open_r1_capo.capo.selection import TokenSelection
 
 METHODS = {
@@ -35,6 +36,29 @@ def test_off_means_off(build, capo, method):
     assert torch.equal(training.parameters(plain), training.parameters(ours))
     for row, reference in zip(training.history(ours), training.history(plain), strict=True):
         assert {name: row[name] for name in reference} == reference
+
+
+@pytest.mark.parametrize("mode", ["mask", "scale"])
+def test_infinite_thresholds_leave_the_entropy_rule_alone(build, mode):
+    """TRL's 80/20 rule divides by all tokens: those that it leaves out are none that the mask rejected."""
+    plain = build(top_entropy_quantile=0.3)
+    plain.train()
+    ours = build({"mode": mode, "max_policy_shift": math.inf}, top_entropy_quantile=0.3)
+    ours.train()
+    assert torch.equal(training.parameters(plain), training.parameters(ours))
+    assert all(row["capo/rejected_frac_other"] > 0.5 for row in training.history(ours))
+
+
+def test_one_micro_batch_is_committed_by_the_engine(build, monkeypatch):
+    """The gradient of its rows is never held; of several micro-batches it must be."""
+    calls, commit = [], AdamStep._apply_batch
+    monkeypatch.setattr(AdamStep, "_apply_batch", lambda *args: (calls.append(args), commit(*args)))
+    one = build({"mode": "observe"}, max_steps=2)
+    one.train()
+    assert len(calls) == one.step_model.step_count == 2
+    two = build({"mode": "observe"}, max_steps=2, gradient_accumulation_steps=2)
+    two.train()
+    assert len(calls) == 2 == two.step_model.step_count
 
 
 def fixed_selection(trainer, rejected_share, seed=0):

@@ -7,6 +7,7 @@ the wrong type or out of range ends in one `ConfigError`, before anything is wri
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,6 +162,13 @@ class RunConfig:
 
 NESTED: dict[str, type] = {"capo": CAPOConfig, "data": DataConfig, "evaluation": EvaluationConfig, "lab": LabSettings}
 KEPT_LOSSES = ("grpo", "dr_grpo", "bnpo")  # whose token count is known within the micro-batch
+TRL_CHOICES = {  # which TRL checks when the first batch has been generated
+    "loss_type": ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+    "scale_rewards": ("group", "batch", "none"),
+    "importance_sampling_level": ("token", "sequence"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "vllm_importance_sampling_mode": ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate"),
+}
 TRL_FIELDS = {f.name: f for f in dataclasses.fields(GRPOConfig)}
 OURS = {f.name for f in dataclasses.fields(RunConfig)} - set(NESTED)
 
@@ -294,10 +302,13 @@ def _check_training(run: RunConfig, args: dict[str, Any]) -> None:
     _at_least(1, {name: args.get(name) for name in positive})
     _at_least(0, {"seed": args.get("seed"), "top_k": args.get("top_k")})
     ranges = {"learning_rate": (0, 1e3), "temperature": (0, 100), "top_p": (0, 1), "adam_beta1": (0, 0.9999999),
-              "adam_beta2": (0, 0.9999999), "adam_epsilon": (0, 1)}  # fmt: skip
+              "adam_beta2": (0, 0.9999999), "adam_epsilon": (0, 1), "top_entropy_quantile": (0, 1)}  # fmt: skip
     for name, (low, high) in ranges.items():
         if name in args and not low < args[name] <= high:
             raise ConfigError(f"{name} must be greater than {low} and at most {high:g}, got {args[name]}")
+    for name, known in TRL_CHOICES.items():
+        if args.get(name, known[0]) not in known:
+            raise ConfigError(f"{name} must be one of {', '.join(map(str, known))}, got {args[name]!r}")
     for name, wanted in {"logging_steps": 1, "logging_strategy": "steps", "save_only_model": False,
                          "ignore_data_skip": False, "resume_from_checkpoint": None}.items():  # fmt: skip
         if args.get(name, wanted) != wanted:
@@ -310,7 +321,12 @@ def _check_training(run: RunConfig, args: dict[str, Any]) -> None:
     if args.get("save_steps", 500) * accumulation % reuse:
         raise ConfigError(
             f"save_steps ({args['save_steps']}) must not fall between two steps on the same completions: make it a "
-            f"multiple of {reuse // accumulation}"
+            f"multiple of {reuse // math.gcd(reuse, accumulation)}"
+        )
+    if math.isfinite(run.capo.skip_gradient_norm) and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise ConfigError(
+            "capo.skip_gradient_norm cannot stop DeepSpeed's step, which it takes within its backward pass: launch "
+            "with --accelerator fsdp or ddp"
         )
     if run.capo.weighs and (args.get("entropy_coef") or args.get("use_adaptive_entropy")):
         raise ConfigError("an entropy bonus would act on rejected tokens: set entropy_coef=0, or capo.mode=observe")

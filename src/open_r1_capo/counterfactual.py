@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,8 +35,9 @@ from open_r1_capo.run_folder import RunFolder
 from open_r1_capo.trainer import CAPOTrainer
 from open_r1_capo.update import Part
 
-# whose `capo` settings an arm takes; the run's own for none
-ARMS = {"none": None, "mask": "capo_aggressive", "random": "capo_aggressive", "scale": "capo_scale_aggressive"}
+# the recipe whose rule an arm takes, after what its base method is called; the run's own for none
+ARMS = {"none": None, "mask": "{}capo_aggressive", "random": "{}capo_aggressive", "scale": "{}capo_scale_aggressive"}
+RULE = ("mode", "max_policy_shift", "max_objective_shift", "min_objective_shift", "denominator")  # an arm's own
 STEP = ("measured_kl", "measured_kl_head", "measured_objective", "rejected_frac", "mean_weight")
 
 
@@ -198,7 +200,10 @@ class Counterfactual:
         """A trainer of the run's settings with the arm's rule, that writes nothing which stays."""
         settings = self.settings | {"save_strategy": "no", "report_to": "none", "token_records": "none"}
         if ARMS[arm]:
-            settings["capo"] = compose_recipe(ARMS[arm], [f"scale={settings['scale']}"])["capo"]
+            family = re.match("dr|rein|", settings["method"])[0]
+            recipe = ARMS[arm].format(family)
+            rule = compose_recipe(recipe, [f"scale={settings['scale']}"])["capo"]
+            settings["capo"] = settings["capo"] | {name: rule[name] for name in RULE if name in rule}
         config, args = build(settings)
         args.output_dir = self._scratch.name
         if config.num_threads:

@@ -86,17 +86,20 @@ def metrics(accelerator: Accelerator, parts: Sequence[Part], found: Sequence[Mea
         found: a measurement of each.
 
     Returns:
-        `measured_kl`, `measured_kl_head`, `measured_objective`, and `kl_spearman`: the rank correlation of the
-        policy shift with the measured KL over the tokens with a gradient (left out where there is none).
+        `measured_kl`, `measured_kl_head`, `measured_objective`, means over the finite measurements (NaN if
+        none is, 0 without a token), `measured_non_finite`, the share of the KLs that are not, and `kl_spearman`: the rank correlation of
+        the policy shift with the measured KL over the tokens with a gradient (left out where there is none).
     """
-    totals = torch.zeros(3, 2, dtype=torch.float64)  # sum and count of each mean
+    totals = torch.zeros(3, 3, dtype=torch.float64)  # sum and count of each mean, and the count of all tokens
     for one in found:
         values = torch.stack([one.kl, one.kl_head, one.objective])
         finite = values.isfinite()
-        totals += torch.stack([values.where(finite, 0).sum(1), finite.sum(1).double()], 1).cpu()
+        counts = torch.stack([finite, torch.ones_like(finite)]).sum(2)
+        totals += torch.stack([values.where(finite, 0).sum(1), *counts], 1).cpu()
     totals = accelerator.reduce(totals.to(accelerator.device), "sum").cpu()
-    means = (totals[:, 0] / totals[:, 1].clamp(min=1)).tolist()
+    means = (totals[:, 0] / totals[:, 1].where(totals[:, 2] > 0, 1)).tolist()
     logs = dict(zip(("measured_kl", "measured_kl_head", "measured_objective"), means, strict=True))
+    logs["measured_non_finite"] = float(1 - totals[0, 1] / totals[0, 2].clamp(min=1))
     pairs = [_pairs(part, one) for part, one in zip(parts, found, strict=True)]
     correlation = spearman(*gather_columns(accelerator, torch.cat(pairs, 1)))
     return logs if correlation is None else logs | {"kl_spearman": correlation}

@@ -130,6 +130,8 @@ def _check_used(settings: dict[str, Any], overrides: list[str]) -> None:
             reason = "capo.mode=off"
         elif key in MODE_KEYS and capo.get("mode") not in MODE_KEYS[key]:
             reason = f"capo.mode={capo.get('mode')}"
+        elif key == "capo.denominator" and settings.get("loss_type") == "dr_grpo":
+            reason = "loss_type=dr_grpo"
         elif key in ("capo.moment_average", "capo.absent_rows") and capo.get("optimizer_model") == "sgd":
             reason = "capo.optimizer_model=sgd"
         elif key == "capo.step_feedback" and capo.get("step_rule") == "adapt":

@@ -77,7 +77,7 @@ class TokenRecords:
             parts: the step's micro-batches.
             found: a measurement of each, or None.
         """
-        lost = 1 - float(torch.cat([part.selection.weight for part in parts]).mean())
+        lost = 1 - float(torch.cat([part.taken.weight for part in parts]).mean())
         numbers = {key: value if key == "step" else _number(value) for key, value in whole.items()}
         numbers["rejected"] = _number(lost)
         names = [f"step{whole['step']}"] if self.keep == "all" else self._beaten(numbers)
@@ -128,7 +128,7 @@ class TokenRecords:
 
 def _columns(part: Part, found: Measured | None) -> dict[str, Tensor]:
     """A record's columns, (N,) each, in their order; NaN where nothing was measured."""
-    tokens, selection = part.tokens, part.selection
+    tokens, selection = part.tokens, part.taken
     unmeasured = torch.full((len(tokens),), math.nan, dtype=torch.float64, device=tokens.features.device)
 
     def spread(values: Tensor | None) -> Tensor:

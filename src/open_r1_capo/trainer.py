@@ -15,7 +15,6 @@ committed to the optimizer model, which then knows the step and may shorten it (
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -53,8 +52,7 @@ class CAPOTrainer(GRPOTrainer):
         **kwargs: as `GRPOTrainer`.
 
     Raises:
-        ValueError: the model's logits are not a plain linear layer of its hidden states, or `skip_gradient_norm`
-            is set under DeepSpeed, which takes the step within its backward pass.
+        ValueError: the model's logits are not a plain linear layer of its hidden states.
     """
 
     def __init__(
@@ -87,8 +85,6 @@ class CAPOTrainer(GRPOTrainer):
         policy = self._policy
         if capo.mode != "off":
             check_head(policy)
-        if math.isfinite(capo.skip_gradient_norm) and self.is_deepspeed_enabled:
-            raise ValueError("capo.skip_gradient_norm cannot stop DeepSpeed's step: train without DeepSpeed")
         config = policy.config.get_text_config()
         self.step_model = (
             SGDStep()
@@ -174,13 +170,13 @@ class CAPOTrainer(GRPOTrainer):
         else:
             z = self.step_model.propose(tokens, self.capo.granularity)
             shifts = tuple(shift(tokens, z, lr, self.capo.granularity) for shift in (policy_shift, objective_shift))
-        selection = self.choose(tokens, support.log_mass, shifts)
-        if self.top_entropy_quantile < 1:  # TRL's loss leaves these tokens out, so the step does not hold them
-            high = self.get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)
-            selection = selection.weighted(high[mask])
-        self.step_model.accumulate(tokens, selection.weight.masked_fill(selection.non_finite, 0))
-        source = (input_ids, attention_mask, mask, inputs.get("completion_rewards"))
-        return Part(tokens, selection, support.log_mass, entropies[mask].detach(), *source)
+        selection, high = self.choose(tokens, support.log_mass, shifts), None
+        if self.top_entropy_quantile < 1:
+            high = self.get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)[mask]
+        source = (input_ids, attention_mask, mask, inputs.get("completion_rewards"), high)
+        part = Part(tokens, selection, support.log_mass, entropies[mask].detach(), *source)
+        self.step_model.accumulate(tokens, part.taken.weight.masked_fill(selection.non_finite, 0))
+        return part
 
     def choose(self, tokens: TokenBatch, log_mass: Tensor, shifts: tuple[Tensor, Tensor]) -> TokenSelection:
         """Judge a micro-batch's tokens by the configured rule.
@@ -204,7 +200,8 @@ class CAPOTrainer(GRPOTrainer):
     def _commit(self) -> None:
         """Commit the update's accepted tokens, predict its shifts, and shorten its learning rate if it must be."""
         with self._clock("curvature"), torch.no_grad():
-            self.step_model.commit(reduce=partial(sum_rows, self.accelerator))
+            alone = self.accelerator.num_processes == 1
+            self.step_model.commit(reduce=None if alone else partial(sum_rows, self.accelerator))
             lr, totals = self._scheduled_lr(), torch.zeros(3, dtype=torch.float64)
             for part in self._parts:
                 z = self.step_model.planned(part.tokens)

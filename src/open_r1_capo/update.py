@@ -35,13 +35,14 @@ class Part:
 
     Attributes:
         tokens: the tokens that take part.
-        selection: their weights and the reasons.
+        selection: the rule's weights and reasons, which act on the gradient.
         log_mass: (N,), log of the policy's probability of each support.
         entropy: (N,), of the policy over the full vocabulary, in nats.
         input_ids: (B, L) int64, prompts and completions.
         attention_mask: (B, L).
         mask: (B, T) bool, the completion tokens that take part.
         rewards: (B,), of the completions, NaN where none could be given; None if unknown.
+        high_entropy: (N,) bool, the tokens that TRL's loss keeps by itself (`top_entropy_quantile`); None for all.
     """
 
     tokens: TokenBatch
@@ -52,6 +53,12 @@ class Part:
     attention_mask: Tensor
     mask: Tensor
     rewards: Tensor | None = None
+    high_entropy: Tensor | None = None
+
+    @property
+    def taken(self) -> TokenSelection:
+        """The selection of what the step holds: without the tokens that TRL's loss leaves out."""
+        return self.selection if self.high_entropy is None else self.selection.weighted(self.high_entropy)
 
 
 def select(
@@ -141,7 +148,7 @@ def gather_selection(accelerator: Accelerator, parts: Sequence[Part]) -> tuple[T
     Returns:
         The selection of N tokens, in no particular order, and which of them have a gradient ((N,) bool, A ≠ 0).
     """
-    selection = TokenSelection.cat([part.selection for part in parts])
+    selection = TokenSelection.cat([part.taken for part in parts])
     moving = torch.cat([part.tokens.advantages != 0 for part in parts])
     columns = torch.stack([column.float() for column in (*vars(selection).values(), moving)])
     weight, policy, objective, *flags, moving = gather_columns(accelerator, columns)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from open_r1_capo.capo.adam import AdamRule, Folded, fold, resting
+from open_r1_capo.capo.adam import SMALLEST_DECAY, AdamRule, Folded, fold, resting
 from open_r1_capo.capo.last_layer import TokenBatch, row_entries
 from open_r1_capo.capo.moments import MomentTable
 
@@ -29,7 +29,7 @@ def propose(rule: AdamRule, table: MomentTable, batch: TokenBatch, step: int, sc
 def planned(rule: AdamRule, table: MomentTable, batch: TokenBatch, step: int, scratch: int) -> Tensor:
     """As `adam.planned`: a proposal without a gradient, of the moments as they are."""
     row = table.row_of[batch.token_ids]
-    decay1, decay2 = rule.decays(table, row, step)
+    decay1, decay2 = (decay.clamp(min=SMALLEST_DECAY) for decay in rule.decays(table, row, step))
     root = (1 - rule.beta2**step) ** 0.5 / decay2.sqrt()
     scale = (decay1 * root / (1 - rule.beta1**step)).expand(row.shape)
     none = table.first.new_zeros(()).expand(row.shape)

@@ -31,14 +31,23 @@ class _Step:
     def __init__(self, scratch_bytes: int):
         self.scratch_bytes = scratch_bytes
         self.step_count = 0
-        self._collected: list[RowGradient] = []
+        self._first: tuple[TokenBatch, Tensor] | None = None  # alone, it is committed without holding its gradient
+        self._sum: RowGradient | None = None
 
     @torch.no_grad()
     def accumulate(self, batch: TokenBatch, weight: Tensor) -> None:
-        """Add a micro-batch of the coming step: N tokens with their weights (N,) in [0, 1]."""
+        """Add a micro-batch of the coming step: N tokens with their weights (N,) in [0, 1], which it keeps."""
         self._check(batch, weight)
-        part = row_gradient(batch, weight, self.scratch_bytes)
-        self._collected = [merge([*self._collected, part])]
+        if self._first is None and self._sum is None:
+            self._first = batch, weight
+        else:
+            self._sum = merge([self._collected(), row_gradient(batch, weight, self.scratch_bytes)])
+
+    def _collected(self) -> RowGradient:
+        """The sum over the micro-batches so far, which are forgotten."""
+        found = self._sum if self._first is None else row_gradient(*self._first, self.scratch_bytes)
+        self._first = self._sum = None
+        return found
 
     @torch.no_grad()
     def commit(
@@ -52,25 +61,25 @@ class _Step:
         Args:
             batch: a last micro-batch.
             weight: its weights (N,).
-            reduce: sums the gradient over the ranks; called once.
+            reduce: sums the gradient over the ranks; called once. Without it a single micro-batch needs no sum of
+                its gradient rows, (R, D): the engine folds each row into its moments.
 
         Raises:
             ValueError: nothing was accumulated and no batch is given, or a batch without weights.
         """
         if batch is not None and weight is None:
             raise ValueError(f"weight: expected shape {(len(batch),)}, got None")
-        if batch is not None and not self._collected and reduce is None:
-            self._check(batch, weight)
-            self.step_count += 1
-            self._apply_batch(batch, weight)
-            return
         if batch is not None:
             self.accumulate(batch, weight)
-        if not self._collected:
+        if self._first is None and self._sum is None:
             raise ValueError("commit: nothing was accumulated; pass a batch and its weights")
-        gradient = self._collected.pop()
         self.step_count += 1
-        self._apply(reduce(gradient) if reduce else gradient)
+        if self._first is not None and reduce is None:
+            only, self._first = self._first, None
+            self._apply_batch(*only)
+        else:
+            gradient = self._collected()
+            self._apply(reduce(gradient) if reduce else gradient)
 
     @torch.no_grad()
     def propose(self, batch: TokenBatch, granularity: str = "token") -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
@@ -52,7 +53,7 @@ def summarise(
         ("measured_kl", "capo/measured_kl"),
         ("step_scale", "capo/step_scale"),
     ):
-        values = [row[key] for row in rows if row.get(key) is not None]
+        values = [row[key] for row in rows if row.get(key) is not None and math.isfinite(row[key])]
         if values:
             summary[name] = {"mean": statistics.fmean(values), "max": max(values), "min": min(values)}
     return summary
