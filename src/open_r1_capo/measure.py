@@ -86,9 +86,10 @@ def metrics(accelerator: Accelerator, parts: Sequence[Part], found: Sequence[Mea
         found: a measurement of each.
 
     Returns:
-        `measured_kl`, `measured_kl_head`, `measured_objective`, means over the finite measurements (NaN if
-        none is, 0 without a token), `measured_non_finite`, the share of the KLs that are not, and `kl_spearman`: the rank correlation of
-        the policy shift with the measured KL over the tokens with a gradient (left out where there is none).
+        `measured_kl`, `measured_kl_head`, `measured_objective`, means over the finite measurements (NaN if none is,
+        0 without a token), `measured_non_finite`, the share of the KLs that are not, and `kl_spearman`: the rank
+        correlation of the policy shift with the measured KL over the tokens with a gradient (left out where there is
+        none).
     """
     totals = torch.zeros(3, 3, dtype=torch.float64)  # sum and count of each mean, and the count of all tokens
     for one in found:

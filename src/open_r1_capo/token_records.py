@@ -26,7 +26,6 @@ from open_r1_capo.capo.selection import TokenSelection
 from open_r1_capo.measure import Measured
 from open_r1_capo.update import Part
 
-KEEP = ("notable", "all", "none")
 # what a notable record was kept for, in the record itself: the first step that was taken, then the largest values
 NOTABLE = {"first": "taken_lr", "most_rejected": "rejected", "largest_kl": "measured_kl"}
 REASONS = {"over_policy": 1, "over_objective": 2, "non_finite": 4, "other": 8}

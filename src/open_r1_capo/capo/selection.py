@@ -78,8 +78,9 @@ class TrustRegion:
         max_policy_shift: δ_F, m_F ≤ δ_F; inf turns the bound off.
         max_objective_shift: δ_H^high, the upper bound on m_H; inf turns the bound off.
         min_objective_shift: δ_H, m_H ≥ δ_H; None is the symmetric form -δ_H < m_H < δ_H of App. J.
-        mode: `mask` rejects a token over δ_F; `scale` weighs it by min(1, √(δ_F / m_F)), the largest step of that
-            token that stays inside. Both reject what the objective bounds reject.
+        mode: `mask` rejects a token over δ_F; `scale` weighs it by min(1, √(δ_F / m_F)), under SGD the largest weight
+            that keeps the token's own step inside. Adam's step is not linear in the gradient: there the weighted
+            token's step stays longer than δ_F allows. Both reject what the objective bounds reject.
 
     Raises:
         ValueError: a bound that is not positive or not above the lower one, or an unknown mode.
