@@ -5,9 +5,11 @@ import random
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import training
 from open_r1_capo.capo.curvature import objective_change
+from open_r1_capo.features import support_log_probs
 from open_r1_capo.measure import Measured, metrics, spearman
 from oracle import random_batch
 
@@ -99,6 +101,17 @@ def test_a_step_is_measured_against_the_full_policies(build):
         assert row["capo/kl_spearman"] == pytest.approx(correlation, abs=0.02)  # near ties change places
         assert kl > 1e-5
         assert 0 < head != kl
+
+
+def test_bfloat16_weights_give_float32_log_probabilities(tiny_policy):
+    """Logits of bfloat16 factors are products in float32; rounded to bfloat16 they are off by 2⁻⁹ of their size."""
+    narrow = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.bfloat16)
+    weight = narrow.get_output_embeddings().weight
+    hidden = torch.randn(20, weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    ids = torch.arange(weight.shape[0]).expand(20, -1)
+    exact = (hidden.double() @ weight.double().T / 0.9).log_softmax(1)
+    found = support_log_probs(narrow, hidden, ids, 0.9)
+    assert float((found - exact).abs().max()) < 1e-5 * float(exact.abs().max())
 
 
 def test_a_measurement_that_failed_is_not_a_kl_of_0(build):

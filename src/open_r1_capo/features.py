@@ -168,8 +168,17 @@ def _logit_chunks(model: PreTrainedModel, hidden: Tensor, temperature: float) ->
         size = max(1, LOGITS_BYTES // (4 * weight.shape[0]))
         for start in range(0, len(hidden), size):
             part = slice(start, min(start + size, len(hidden)))
-            logits = torch.nn.functional.linear(hidden[part].to(weight.dtype), weight, bias)
+            logits = _wide_product(hidden[part], weight)
+            logits = logits if bias is None else logits.add_(bias)
             yield part, logits.float().div_(temperature)
+
+
+def _wide_product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The logits (N, V) of (N, D) and (V, D), in float32 at least: rounded to bfloat16, they would hide small KLs."""
+    if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):  # a product that other devices lack
+        return torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return torch.mm(hidden.to(wide), weight.to(wide).T)
 
 
 @contextmanager
