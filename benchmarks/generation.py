@@ -1,6 +1,6 @@
 """Train the lab with each generation backend of this machine, and compare their seconds and log-probabilities.
 
-    python benchmarks/generation.py --steps 20
+    .venv/bin/python benchmarks/generation.py --steps 20
 
 Prints a Markdown table. On CPUs it needs `.venv-vllm` (`make serve` installs it); a server is started and ended here.
 """

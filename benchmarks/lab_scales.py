@@ -1,6 +1,6 @@
 """What the lab's policies are like, and whether reinforcement learning teaches them: one table row a scale.
 
-    python benchmarks/lab_scales.py [SCALE ...] [--problems 500] [--steps 40]
+    .venv/bin/python benchmarks/lab_scales.py [SCALE ...] [--problems 500] [--steps 40]
 
 Makes each policy that the cache does not have, measures it on held-out problems, and trains it by GRPO at a rate that
 is safe on all of them. The rows of `docs/lab.md` come from here.

@@ -1,7 +1,7 @@
 """Two ranks against one, under every file of recipes/accelerate_configs, on CPUs with gloo.
 
-    python benchmarks/ranks.py                 # all of them: a quarter of an hour on two cores
-    python benchmarks/ranks.py --accelerator fsdp --case float32
+    .venv/bin/python benchmarks/ranks.py                 # all of them: a quarter of an hour on two cores
+    .venv/bin/python benchmarks/ranks.py --accelerator fsdp --case float32
 
 Prints a Markdown table of the largest differences after three steps, and stores it with `--save`.
 ZeRO needs DeepSpeed: `make ranks` puts it into an environment of its own, since accelerate imports it wherever it is

@@ -1,6 +1,6 @@
 """Write what every finished run of the experiments ended with into one small file, to be kept beside the figures.
 
-    python eval/archive.py docs/figures/experiments.json
+    .venv/bin/python eval/archive.py docs/figures/experiments.json
 
 One entry a run, by its folder under `outputs/experiments`: commit, reward of every step, largest measured KL.
 """
@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from open_r1_capo.experiments import OUTPUTS
 from open_r1_capo.run_folder import RunFolder, write_atomically
@@ -26,12 +28,12 @@ def entry(folder: RunFolder) -> dict[str, Any]:
         folder: of a finished run.
 
     Returns:
-        commit; reward, one number a step; largest_kl in nats, None where it was not measured.
+        commit; reward, one number a step on fresh completions; largest_kl in nats, None where it was not measured.
     """
     rows = folder.read_metrics()
     kls = [kl for row in rows if (kl := row.get("capo/measured_kl")) is not None and math.isfinite(kl)]
-    commit = yaml.safe_load(folder.config.read_text(encoding="utf-8"))["environment"]["commit"]
-    rewards = [round(row["reward"], 3) for row in rows]
+    commit = OmegaConf.select(OmegaConf.load(folder.config), "environment.commit") or "unknown"
+    rewards = [round(row["reward"], 3) for row in rows if row.get("reward") is not None]
     return {"commit": commit, "reward": rewards, "largest_kl": float(f"{max(kls):.3g}") if kls else None}
 
 
@@ -42,15 +44,27 @@ def main(argv: list[str]) -> int:
         argv: its name.
 
     Returns:
-        0, or 2 if there is no run or no name.
+        0, or 2 if there is no run or no name, or a file that cannot be read or written.
     """
     folders = [RunFolder(path.parent) for path in sorted(OUTPUTS.glob("*/*/seed*/summary.json"))]
     folders = [folder for folder in folders if folder.finished() is not None]
     if len(argv) != 1 or not folders:
         print(f"error: give the file's name, and have finished runs in {OUTPUTS}", file=sys.stderr)
         return 2
-    lines = (f'"{one.path.relative_to(OUTPUTS)}": {json.dumps(entry(one))}' for one in folders)
-    write_atomically(Path(argv[0]), "{\n" + ",\n".join(lines) + "\n}\n")
+    lines = []
+    for one in folders:
+        try:
+            lines.append(f'"{one.path.relative_to(OUTPUTS)}": {json.dumps(entry(one))}')
+        except (OSError, UnicodeDecodeError, OmegaConfBaseException, YAMLError) as error:
+            print(
+                f"error: {one.config} is not a run's ({' '.join(str(error).split())}): delete the run", file=sys.stderr
+            )
+            return 2
+    try:
+        write_atomically(Path(argv[0]), "{\n" + ",\n".join(lines) + "\n}\n")
+    except OSError as error:
+        print(f"error: {argv[0]} cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
     return 0
 
 

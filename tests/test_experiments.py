@@ -154,6 +154,18 @@ def test_what_is_missing(folder):
     assert "SCALE=lab SEED=3" in sweep.command(experiment, (experiment.arms[0], 3))
 
 
+def test_a_dry_run_of_a_search_lists_its_next_runs(folder, capsys):
+    grid = {"learning_rate": [1e-4, 2e-4, 4e-4]}
+    folder("one", title="T", seeds=[2, 3], search="learning_rate", arms=[{"label": "A", "recipe": "grpo_aggressive",
+           "grid": grid}])  # fmt: skip
+    assert sweep.main(["one", "--dry-run"]) == 0
+    said = capsys.readouterr()
+    (line,) = said.out.splitlines()
+    assert "learning_rate=0.0002" in line
+    assert "SEED=2" in line
+    assert "a search" in said.err
+
+
 def test_how_far_a_run_is(folder, tmp_path):
     run = sweep.RunFolder(tmp_path / "run")
     assert sweep._share_done(run) == 0

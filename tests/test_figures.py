@@ -10,7 +10,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
 
-import archive
 import curves
 import drawing
 import figures
@@ -370,20 +369,3 @@ def test_command_line_is_checked(argument, place, capsys):
 def test_a_scale_that_does_not_exist(place, capsys):
     assert figures.main(["--scale", "nope"]) == 2
     assert "there is no scale 'nope'; there are lab, lab_heavy" in capsys.readouterr().err
-
-
-def test_the_archive_keeps_every_reward_of_what_has_ended(place, capsys):
-    assert archive.main(["all.json"]) == 2
-    assert "have finished runs in outputs/experiments" in capsys.readouterr().err
-    experiment = experiments.load("fig8")
-    synthetic_runs.write_experiment(experiment)
-    folder = experiment.folder(experiment.arms[0], 2)
-    assert archive.main(["all.json"]) == 2  # none of them has a summary
-    (folder / "summary.json").write_text('{"steps": 100}')
-    assert archive.main(["all.json"]) == 0
-    ((name, found),) = json.loads((place / "all.json").read_text()).items()
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert name == "grpo_aggressive,beta=0.1/lab/seed2"
-    assert found["commit"] == "c2"
-    assert found["reward"] == pytest.approx([row["reward"] for row in rows], abs=5e-4)
-    assert found["largest_kl"] == pytest.approx(max(row["capo/measured_kl"] for row in rows), rel=1e-2)

@@ -72,7 +72,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.dry_run:
-        print("\n".join(command(experiment, job) for job in missing(experiment, experiment.runs())))
+        print("\n".join(command(experiment, job) for job in due(experiment, _survival(experiment))))
+        if experiment.search:
+            print("a search: these are its next runs, and decide which ones follow", file=sys.stderr)
         return 0
     slurm = options.launcher == "submitit_slurm" or (options.launcher is None and _has_slurm(options.scale))
     launcher = "submitit_slurm" if slurm else "joblib"
@@ -203,7 +205,10 @@ def _survival(experiment: Experiment) -> Callable[[Job], bool | None]:
     finished = {job: folder for job, folder in folders.items() if folder.finished() is not None}
     if not experiment.search:
         return lambda job: True if job in finished else None
-    rewards = {job: [row["reward"] for row in folder.read_metrics()] for job, folder in finished.items()}
+    rewards = {
+        job: [row["reward"] for row in folder.read_metrics() if row.get("reward") is not None]
+        for job, folder in finished.items()
+    }
     base = statistics.fmean(one[0] for one in rewards.values()) if rewards else 0.0
     return lambda job: usable(rewards[job], base) if job in rewards else None
 
