@@ -51,7 +51,7 @@ def stability(data: Data, smooth: float) -> Result:
             axis.set_xscale("log", base=2)
             labels = [f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-") for rate in rates]
             axis.set_xticks(rates, [label if i % 2 == 0 else "" for i, label in enumerate(labels)])
-            axis.set(xlabel="learning rate (peak)", ylim=(0, 1))
+            axis.set(xlabel="learning rate (peak)", ylim=(-0.02, 1.04))
             axis.set_title(f"{name}: last in-training accuracy")
             axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
         text = "mean ± standard error, shifted sideways; hollow: fewer seeds; ring: largest rate usable with all"
@@ -76,7 +76,7 @@ def rates_panel(axis: Axes, found: dict, label: str, place: tuple[int, int]) -> 
     axis.errorbar(x, means, errors, label=label, marker=marker, ms=4, capsize=2, lw=1.2, color=colour)
     most = max(one["n"] for one in rates.values())
     few = [i for i, one in enumerate(rates.values()) if one["n"] < most]  # a search leaves a rate at the first failure
-    axis.plot(x[few], np.array(means)[few], marker, ms=4, mfc="white", mec=colour, ls="none")
+    axis.plot(x[few], np.array(means)[few], marker, ms=4, mfc="white", mec=colour, ls="none", zorder=3)
     if found["largest_usable"]:
         place = list(rates).index(found["largest_usable"])
         axis.plot(x[place], means[place], "o", ms=11, mfc="none", mec=colour, mew=1.3)
