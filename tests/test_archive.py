@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
 import archive
 import synthetic_runs
 from open_r1_capo import experiments
+from open_r1_capo.run_folder import SUMMARY
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def folder(tmp_path, monkeypatch):
     for row in rows[0::2]:
         del row["reward"]
     synthetic_runs.write_run(experiment.folder(arm, 2), arm, 2, rows)
-    (experiment.folder(arm, 2) / "summary.json").write_text(json.dumps({"steps": 100}))
+    (experiment.folder(arm, 2) / "summary.json").write_text(json.dumps(dict.fromkeys(SUMMARY)))
     return experiment.folder(arm, 2)
 
 

@@ -8,6 +8,7 @@ import yaml
 
 from open_r1_capo import experiments, outcomes, sweep
 from open_r1_capo.experiments import Arm, Experiment, ExperimentError, known_experiments, load
+from open_r1_capo.run_folder import SUMMARY
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def write_run(path, rewards):
     path.mkdir(parents=True)
     rows = [{"step": i + 1, "completions": 96 * (i + 1), "reward": r} for i, r in enumerate(rewards)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (path / "summary.json").write_text(json.dumps({"steps": len(rewards)}))
+    (path / "summary.json").write_text(json.dumps(dict.fromkeys(SUMMARY)))
 
 
 @pytest.mark.parametrize("name", known_experiments())

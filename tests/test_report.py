@@ -97,6 +97,39 @@ def test_an_empty_summary_is_a_run_that_has_not_ended(run_folder, capsys):
     assert "the run has not ended" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("metrics.jsonl", '{"step": 21, "reward": "x", "accuracy": "x", "time/total": "x", "capo/rejected_frac": []}'),
+        ("metrics.jsonl", '{"step": 21, "reward": NaN, "completions": {}}'),
+        ("metrics.jsonl", '{"step": "21"}'),
+        ("eval.jsonl", '{"step": 20, "test": "x", "tasks": 3, "over": "x"}'),
+        ("eval.jsonl", '{"test": 0.5}'),
+    ],
+)
+def test_what_is_no_number_is_left_out(run_folder, tmp_path, name, line):
+    """Of the curves, of the summary so far and of the page of several runs alike."""
+    metrics = run_folder / "metrics.jsonl"
+    metrics.write_text("".join(text + "\n" for text in metrics.read_text().splitlines()[:-1]))
+    (run_folder / "summary.json").unlink()
+    with (run_folder / name).open("a") as file:
+        file.write(line + "\n")
+    assert main([str(run_folder)]) == 0
+    assert "1,920 completions" in (run_folder / "report.html").read_text()
+    other = pages.make_run(tmp_path / "grpo_aggressive" / "lab" / "seed0")
+    assert compare(["--out", str(tmp_path / "compare.html"), str(run_folder), str(other)]) == 0
+
+
+def test_a_run_without_a_reward_has_a_summary(run_folder):
+    """Its end is not the place for a KeyError."""
+    summary = json.loads((run_folder / "summary.json").read_text())
+    summary |= {"reward_windows": [], "accuracy_after": None}
+    for name in ("step_scale", "scaled_frac"):
+        del summary[name]
+    (run_folder / "summary.json").write_text(json.dumps(summary))
+    assert "20 steps" in "\n".join(report.summary_lines(RunFolder(run_folder)))
+
+
 def test_columns():
     rows = [{"step": i, "reward": r, "learning_rate": 0.1, "capo/step_scale": s} for i, r, s in
             ((1, 0.2, 1.0), (2, math.nan, 0.5), (3, 0.4, 0.25))]  # fmt: skip
@@ -247,6 +280,7 @@ def test_compare(tmp_path, capsys):
     for names, sentence in (
         ([runs[0]], "name two run folders or more"),
         ([runs[0], runs[1], runs[0].parent / ".." / "lab" / "seed0"], "is named twice"),
+        ([runs[0], runs[0]], "is named twice"),
         ([runs[0], tmp_path / "nothing"], "there is no such folder"),
     ):
         assert compare(["--out", str(tmp_path / "no.html"), *map(str, names)]) == 2

@@ -1,12 +1,13 @@
 """Whose a run's folder is: a second process, however it is started, leaves the first one's as it is."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 
 from open_r1_capo import run_folder
-from open_r1_capo.run_folder import RunFolder, RunFolderError
+from open_r1_capo.run_folder import SUMMARY, RunFolder, RunFolderError
 
 SETTINGS = {"recipe": "capo_aggressive", "learning_rate": 1.0}
 ANOTHER = """
@@ -76,8 +77,19 @@ def test_a_new_folder_can_be_read_like_its_neighbours(path):
         assert path.stat().st_mode == path.parent.stat().st_mode
 
 
-@pytest.mark.parametrize("end", [b'{"st', b"7\n", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("end", [b'{"st', b"7\n", b"\xff\xfe\x00", b'{"reward": 1}\n', b'{"step": "2"}\n'])
 def test_metrics_end_at_the_first_line_that_is_none(path, end):
     path.mkdir(parents=True)
     (path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + end)
     assert RunFolder(path).read_metrics() == [{"step": 1}]
+    (path / "metrics.jsonl").rename(path / "eval.jsonl")
+    assert RunFolder(path).read_evaluations() == [{"step": 1}]
+
+
+@pytest.mark.parametrize("content", ["{}", '{"steps": 1}', "[1]", '{"recipe": "capo_agg'])
+def test_a_summary_has_all_that_is_shown_of_it(path, content):
+    path.mkdir(parents=True)
+    (path / "summary.json").write_text(content)
+    assert RunFolder(path).finished() is None
+    (path / "summary.json").write_text(json.dumps(dict.fromkeys(SUMMARY)))
+    assert RunFolder(path).finished().keys() == set(SUMMARY)

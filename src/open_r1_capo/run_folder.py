@@ -38,6 +38,8 @@ except ImportError:  # Windows: two processes in one folder go unnoticed
     fcntl = None
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify", "open-r1-capo")
+# what every summary.json has; further keys depend on the run
+SUMMARY = ("recipe", "scale", "seed", "steps", "completions", "reward_windows", "accuracy_before", "accuracy_after")
 # where a run is written, how it is watched, or where its server is, does not make it another run; nor does the name of
 # a group of settings that are compared themselves
 NOT_IDENTITY = ("overwrite", "output_root", "report_to", "run_name", "num_threads", "token_records", "generation")
@@ -162,12 +164,12 @@ class RunFolder:
             self._lock.close()
 
     def finished(self) -> dict[str, Any] | None:
-        """The summary of a run that has ended, or None; what holds no steps is no summary."""
+        """The summary of a run that has ended, or None; what lacks a key of SUMMARY is no summary."""
         try:
             summary = json.loads(self.summary.read_text())
         except (OSError, ValueError):
             return None
-        return summary if isinstance(summary, dict) and "steps" in summary else None
+        return summary if isinstance(summary, dict) and summary.keys() >= set(SUMMARY) else None
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All metric lines so far; a last line that was cut off is left out."""
@@ -239,14 +241,14 @@ def environment() -> dict[str, Any]:
 
 
 def _complete_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file up to a line that was cut off or is none; none if there is no file."""
+    """The objects of a JSON-lines file up to a line that was cut off or has no step; none if there is no file."""
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
         except ValueError:
             break
-        if not isinstance(row, dict):
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             break
         rows.append(row)
     return rows
@@ -255,5 +257,5 @@ def _complete_lines(path: Path) -> list[dict[str, Any]]:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old or the new one, never a part."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)

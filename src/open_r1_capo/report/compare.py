@@ -14,7 +14,7 @@ from typing import Any
 from open_r1_capo.report.page import METRICS_LIMIT, fit_metrics, notes_html, render, table_html, text
 from open_r1_capo.report.panels import AXES, RUN_COLOURS, compare_panels, metric_columns, test_columns
 from open_r1_capo.report.run import ReportError, label, read_settings, unfinished
-from open_r1_capo.report.summary import summarise
+from open_r1_capo.report.summary import finite, summarise
 from open_r1_capo.run_folder import RunFolder, write_atomically
 
 NOT_COMPARED = ("output_root", "environment.processor", "environment.python")  # where, not what
@@ -36,9 +36,10 @@ def write_comparison(names: list[str], out: Path) -> None:
     settings = [read_settings(folder) for folder in folders]
     seen: dict[Path, str] = {}
     for name, folder in zip(names, folders, strict=True):
-        twice = seen.setdefault(folder.path.resolve(), name)
-        if twice is not name:
-            raise ReportError(f"{name} is named twice (as {twice}): a run is compared with others")
+        path = folder.path.resolve()
+        if path in seen:
+            raise ReportError(f"{name} is named twice (as {seen[path]}): a run is compared with others")
+        seen[path] = name
     labels = distinct_labels(folders, settings)
     runs, summaries, notes = [], [], []
     for folder, each, name in zip(folders, settings, labels, strict=True):
@@ -75,7 +76,7 @@ def _read(folder: RunFolder, settings: dict[str, Any], name: str) -> tuple[dict[
 
 
 def _best_test(tests: list[dict[str, Any]]) -> dict[str, Any]:
-    known = [test["test"] for test in tests if test.get("test") is not None]
+    known = [value for test in tests if (value := finite(test.get("test"))) is not None]
     return {"test_last": known[-1], "test_best": max(known)} if known else {}
 
 

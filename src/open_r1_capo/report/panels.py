@@ -6,12 +6,11 @@ evaluated step); a line names a column of one of them, and a panel is a list of 
 
 from __future__ import annotations
 
-import math
 import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from open_r1_capo.report.summary import WINDOW
+from open_r1_capo.report.summary import WINDOW, finite
 
 AXES = {
     "completions": "training completions",
@@ -241,22 +240,21 @@ def test_columns(tests: list[dict[str, Any]]) -> dict[str, list[float | None]]:
     Returns:
         Column name → a number or None a line.
     """
-    names = {name: None for test in tests for name in test.get("tasks") or {}}
+    tasks = [found if isinstance(found := test.get("tasks"), dict) else {} for test in tests]
     columns = {
         key: [number(test.get(key)) for test in tests]
         for key in ("step", "completions", "accepted_tokens", "test", "test_stderr")
     }
-    for name in names:
-        tasks = [(test.get("tasks") or {}).get(name) for test in tests]
-        columns[f"task {name}"] = [number(task.get("accuracy")) if isinstance(task, dict) else None for task in tasks]
+    for name in dict.fromkeys(name for found in tasks for name in found):
+        rows = [found.get(name) for found in tasks]
+        columns[f"task {name}"] = [number(row.get("accuracy")) if isinstance(row, dict) else None for row in rows]
     return {key: column for key, column in columns.items() if any(v is not None for v in column)}
 
 
 def number(value: Any) -> float | int | None:
     """A finite number in few digits, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value if isinstance(value, int) else float(f"{value:.{DIGITS}g}")
+    value = finite(value)
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
 def _running_mean(values: list[float | None]) -> list[float | None]:

@@ -11,6 +11,13 @@ from open_r1_capo.run_folder import RunFolder
 WINDOW = 10  # steps of a reward window
 
 
+def finite(value: Any) -> float | int | None:
+    """A finite number, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
+
+
 def summarise(
     settings: dict[str, Any],
     rows: list[dict[str, Any]],
@@ -21,29 +28,31 @@ def summarise(
 
     Args:
         settings: the resolved recipe.
-        rows: all metric lines.
+        rows: all metric lines; what is not a number is left out.
         before: held-out accuracy of the base policy, with its standard error and n.
         after: the same at the end.
 
     Returns:
         The content of summary.json.
     """
-    rewards = [row["reward"] for row in rows if row.get("reward") is not None]
+
+    def known(key: str) -> list[float]:
+        return [value for row in rows if (value := finite(row.get(key))) is not None]
+
+    rewards = known("reward")
     windows = [statistics.fmean(rewards[i : i + WINDOW]) for i in range(0, len(rewards), WINDOW)]
     summary = {
-        "recipe": settings["recipe"],
-        "scale": settings["scale"],
-        "seed": settings["seed"],
+        **{key: settings.get(key) for key in ("recipe", "scale", "seed")},
         "steps": rows[-1]["step"],
-        "completions": rows[-1]["completions"],
-        "accepted_tokens": rows[-1].get("accepted_tokens"),
+        "completions": max(known("completions"), default=0),
+        "accepted_tokens": max(known("accepted_tokens"), default=None),
         "reward_windows": [round(w, 4) for w in windows],
         "accuracy_before": before,
         "accuracy_after": after,
         # of all calls that it took, without what was done between the steps
-        "training_seconds": round(sum(row.get("time/total") or 0.0 for row in rows), 1),
+        "training_seconds": round(sum(known("time/total")), 1),
     }
-    measured = {row["step"]: row["accuracy"] for row in rows if row.get("accuracy") is not None}
+    measured = {row["step"]: value for row in rows if (value := finite(row.get("accuracy"))) is not None}
     if measured:
         best = max(measured, key=measured.get)
         summary |= {"accuracy_best": measured[best], "accuracy_best_step": best}
@@ -53,8 +62,7 @@ def summarise(
         ("measured_kl", "capo/measured_kl"),
         ("step_scale", "capo/step_scale"),
     ):
-        values = [row[key] for row in rows if row.get(key) is not None and math.isfinite(row[key])]
-        if values:
+        if values := known(key):
             summary[name] = {"mean": statistics.fmean(values), "max": max(values), "min": min(values)}
     return summary
 
@@ -72,23 +80,23 @@ def summary_lines(folder: RunFolder) -> list[str]:
     lines = [f"{s['recipe']} on {s['scale']}, seed {s['seed']}: {s['steps']} steps, {s['completions']:,} completions"]
     if s["accuracy_before"] and s["accuracy_after"]:
         b, a = s["accuracy_before"], s["accuracy_after"]
+        best = f" (best {s['accuracy_best']:.3f} at step {s['accuracy_best_step']})" if "accuracy_best" in s else ""
         lines.append(
             f"  held-out accuracy  {b['accuracy']:.3f} ± {b['standard_error']:.3f} before, {a['accuracy']:.3f} ± "
-            f"{a['standard_error']:.3f} after (best {s['accuracy_best']:.3f} at step {s['accuracy_best_step']})"
+            f"{a['standard_error']:.3f} after{best}"
         )
         if a["accuracy"] < b["accuracy"] - 3 * b["standard_error"]:
             lines.append(
                 "  the policy collapsed   a lower learning_rate, RECIPE=capo_scale_aggressive or RECIPE=grpo_planned "
                 "may keep it (docs/results.md)"
             )
-    else:
+    elif s["reward_windows"]:
         lines.append(f"  training reward    {s['reward_windows'][0]:.3f} → {s['reward_windows'][-1]:.3f}")
-    if "rejected_frac" in s:
-        for name, share in (("rejected", s["rejected_frac"]), ("scaled  ", s["scaled_frac"])):
-            if name == "rejected" or share["max"]:
-                lines.append(f"  tokens {name}    {share['mean']:.2%} on average, {share['max']:.2%} at most")
-        if s["step_scale"]["min"] < 1:
-            lines.append(f"  learning rate      shortened to {s['step_scale']['mean']:.2f} of the schedule on average")
+    for name, share in (("rejected", s.get("rejected_frac")), ("scaled  ", s.get("scaled_frac"))):
+        if share and (name == "rejected" or share["max"]):
+            lines.append(f"  tokens {name}    {share['mean']:.2%} on average, {share['max']:.2%} at most")
+    if "step_scale" in s and s["step_scale"]["min"] < 1:
+        lines.append(f"  learning rate      shortened to {s['step_scale']['mean']:.2f} of the schedule on average")
     if "measured_kl" in s:
         lines.append(
             f"  KL of an update    {s['measured_kl']['mean']:.1e} on average, {s['measured_kl']['max']:.1e} at most"
