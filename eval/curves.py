@@ -169,11 +169,10 @@ def read_run(folder: Path, keys: Iterable[str], warnings: list[str]) -> Run:
     columns = {}
     for key in dict.fromkeys((*ALWAYS, *keys)):
         values = [row.get(key) for row in rows]
-        try:
-            columns[key] = np.array([np.nan if value is None else value for value in values], dtype=float)
-        except (TypeError, ValueError):
-            number = next(i for i, v in enumerate(values, start=1) if v is not None and not isinstance(v, int | float))
-            raise FigureError(f"{path}:{number} has {values[number - 1]!r} for {key}, which is no number") from None
+        for number, value in enumerate(values, start=1):
+            if not isinstance(value, int | float | None):
+                raise FigureError(f"{path}:{number} has {value!r} for {key}, which is no number")
+        columns[key] = np.array([np.nan if value is None else value for value in values], dtype=float)
     lines = read_lines(tests, warnings) if TEST in keys and tests.is_file() else []
     lines = [line for line in lines if isinstance(line.get(TEST), int | float)]
     return Run(folder, columns, sorted(lines, key=lambda line: line["step"]))
@@ -181,10 +180,31 @@ def read_run(folder: Path, keys: Iterable[str], warnings: list[str]) -> Run:
 
 def unfinished(folder: Path, run: Run) -> bool:
     """Whether a run has stopped before config.yaml's max_steps: its last accuracy is not the others' last."""
-    config = folder / "config.yaml"
-    steps = re.search(r"^max_steps: (\d+)", config.read_text(), re.MULTILINE) if config.is_file() else None
+    steps = re.search(r"^max_steps: (\d+)", config_text(folder) or "", re.MULTILINE)
     done = run.columns["step"].max(initial=0)
     return done == 0 or (steps is not None and done < int(steps.group(1)))
+
+
+def config_text(folder: Path) -> str | None:
+    """What a run's config.yaml holds, None if there is none; FigureError if it cannot be read."""
+    path = folder / "config.yaml"
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FigureError(f"{path} cannot be read ({error}): run it again with OVERWRITE=1") from None
+
+
+def settings(folder: Path) -> dict:
+    """The settings in a run's config.yaml; FigureError if there are none."""
+    try:
+        found = yaml.load(config_text(folder) or "", getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict):
+        raise FigureError(f"{folder / 'config.yaml'} holds no settings of a run: run it again with OVERWRITE=1")
+    return found
 
 
 def check_settings(folders: list[Path]) -> None:
@@ -198,40 +218,35 @@ def check_settings(folders: list[Path]) -> None:
     """
     first = None
     for folder in folders:
-        path = folder / "config.yaml"
-        if not path.is_file():
+        text = config_text(folder)
+        if text is None:
             continue
-        text = path.read_text()
         # almost always equal but for the seed and the environment: compared as text, parsed only if that differs
         plain = re.sub(r"^(seed|output_root):.*\n", "", text.partition("\nenvironment:")[0], flags=re.MULTILINE)
         if first is None:
-            first = (path, text, plain)
-        elif plain != first[2] and (differing := difference(first[1], text, path)):
+            first = (folder, plain)
+        elif plain != first[1] and (differing := difference(first[0], folder)):
             raise FigureError(
-                f"{first[0].parent} and {folder} are seeds of one arm with different settings ({differing}): "
+                f"{first[0]} and {folder} are seeds of one arm with different settings ({differing}): "
                 "run one of them again with OVERWRITE=1"
             )
 
 
-def difference(one: str, other: str, path: Path) -> str | None:
-    """Name the first setting in which two config.yaml differ.
+def difference(one: Path, other: Path) -> str | None:
+    """Name the first setting in which two runs differ.
 
     Args:
-        one: its text.
-        other: the second one's text.
-        path: of the second one, for the message.
+        one: its folder.
+        other: the second one's.
 
     Returns:
         `key: value / value`, or None.
 
     Raises:
-        FigureError: no YAML.
+        FigureError: a config.yaml without settings.
     """
-    try:
-        a, b = (yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) for text in (one, other))
-    except yaml.YAMLError:
-        raise FigureError(f"{path}, or that of another seed, is not YAML: run it again with OVERWRITE=1") from None
-    for key in sorted((a.keys() | b.keys()) - FREE):
+    a, b = settings(one), settings(other)
+    for key in sorted((a.keys() | b.keys()) - FREE, key=str):
         if a.get(key) != b.get(key):
             return f"{key}: {a.get(key)!r} / {b.get(key)!r}"
     return None

@@ -248,9 +248,8 @@ def note(data: Data, panels: Sequence[Panel], smooth: float) -> str:
     smoothed = [panel for panel in panels if panel.smooth and panel.key != TEST]
     text = f"moving average over steps, weight {smooth:g}" if smooth and smoothed else "not smoothed"
     if smooth and smoothed and len(smoothed) < len(panels):
-        text += (
-            " (not TEST)" if all(panel.smooth or panel.key == TEST for panel in panels) else f" ({smoothed[0].title})"
-        )
+        titles = ", ".join(panel.title for panel in smoothed)
+        text += " (not TEST)" if all(panel.smooth or panel.key == TEST for panel in panels) else f" ({titles})"
     error = " ± standard error" if any(len(line.runs) > 1 for line in data.lines) else ""
     text = (
         f"{data.experiment.scale}; exponential {text}" if smooth and smoothed else f"{data.experiment.scale}; {text}"

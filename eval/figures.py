@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import curves
@@ -21,7 +22,7 @@ from curves import TEST, Data, FigureError, Line
 from drawing import Panel, Result, draw, save
 from open_r1_capo import experiments
 from open_r1_capo.experiments import ExperimentError
-from overview import against_each_other
+from overview import against_each_other, has_steps
 
 ACCURACY = Panel("reward", "in-training accuracy", published=published.MATH)
 ON_TEST = Panel(TEST, "TEST accuracy (mean of eight)", published=published.TEST)
@@ -242,7 +243,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("outputs/figures"))
     parser.add_argument("--all", action="store_true", help="every figure that has runs, beside the runs named")
     parser.add_argument("runs", nargs="*", type=Path, help="run folders, drawn against each other")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.name and options.runs:
+        parser.error(f"the runs of {options.name} are its experiment's: give NAME or RUNS, not both")
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -255,22 +259,29 @@ def main(argv: list[str] | None = None) -> int:
         0, or 2 if a figure was refused or there is nothing to draw (a sentence says why).
     """
     options, refused = parse(argv), 0
+    runs, out = options.runs, options.out
+    if options.all:  # those that have come so far
+        runs = [folder for folder in runs if has_steps(folder)]
+        waiting = (folder for folder in options.runs if folder not in runs)
+        curves.warn("runs", (f"{folder} has no step yet and is left out" for folder in waiting))
     try:
-        names = [options.name] if options.name else drawable(options) if options.all or not options.runs else []
-        if options.runs and not options.name:
-            against_each_other(options.runs, options.out)
-    except (FigureError, ExperimentError) as error:
+        names = [options.name] if options.name else drawable(options) if options.all or not runs else []
+    except ExperimentError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for name in names:
+    jobs = {"runs": partial(against_each_other, runs, options.smooth, out)} if runs else {}
+    for name, job in (jobs | {name: partial(make, name, options) for name in names}).items():
         try:
-            print(f"{name}: {'  '.join(map(str, make(name, options)))}")
+            print(f"{name}: {'  '.join(map(str, job()))}")
         except (FigureError, ExperimentError) as error:
             print(f"error: {name} is not drawn: {error}", file=sys.stderr)
             refused += 1
-    if not names and not options.runs:
+        except OSError as error:
+            print(f"error: {error.filename or out} cannot be read or written ({error.strerror})", file=sys.stderr)
+            return 2
+    if not names and not runs:
         print("error: there is no run to draw yet; make train or make experiment makes one", file=sys.stderr)
-    return 2 if refused or not (names or options.runs) else 0
+    return 2 if refused or not (names or runs) else 0
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 from open_r1_capo import outcomes
 
 DRAWS = 1000  # bootstrap resamples
+base_accuracy = outcomes.base_accuracy
 
 
 def ema(values: Sequence[float], weight: float) -> np.ndarray:
@@ -128,21 +129,6 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     a, b = (ranks(side[known]) - (known.sum() + 1) / 2 for side in (x, y))
     norm = np.sqrt((a * a).sum() * (b * b).sum())
     return float((a * b).sum() / norm) if norm > 0 else float("nan")
-
-
-def base_accuracy(runs: Sequence[Sequence[float]]) -> float:
-    """Estimate the policy's accuracy before training: the mean reward of the first step, over the runs of one scale.
-
-    The first step's completions are the base policy's, whatever the method.
-
-    Args:
-        runs: the rewards of each run.
-
-    Returns:
-        The mean; NaN without runs.
-    """
-    first = [rewards[0] for rewards in runs if len(rewards) and not np.isnan(rewards[0])]
-    return float(np.mean(first)) if first else float("nan")
 
 
 def fell(rewards: Sequence[float]) -> bool:

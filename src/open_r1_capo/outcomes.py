@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 WINDOW = 10  # optimizer steps; 960 completions in the lab's aggressive regime, a standard error of at most 0.016
 MARGIN = 0.05  # a run survives if it ends within this of its best window
@@ -23,6 +24,21 @@ def last_accuracy(rewards: Sequence[float]) -> float:
 def best_accuracy(rewards: Sequence[float]) -> float:
     """Mean reward of the best window."""
     return max(trailing_means(rewards), default=last_accuracy(rewards))
+
+
+def base_accuracy(runs: Iterable[Sequence[float]]) -> float:
+    """Estimate the policy's accuracy before training: the mean reward of the first step, over the runs of one scale.
+
+    The first step's completions are the base policy's, whatever the method.
+
+    Args:
+        runs: the rewards of each run.
+
+    Returns:
+        The mean; NaN without runs.
+    """
+    first = [rewards[0] for rewards in runs if rewards and not math.isnan(rewards[0])]
+    return statistics.fmean(first) if first else math.nan
 
 
 def survived(rewards: Sequence[float]) -> bool:

@@ -15,7 +15,6 @@ import json
 import os
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import threading
@@ -32,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from open_r1_capo.callbacks import duration
 from open_r1_capo.configs import ConfigError
 from open_r1_capo.experiments import Arm, Experiment, ExperimentError, known_experiments, load
-from open_r1_capo.outcomes import usable
+from open_r1_capo.outcomes import base_accuracy, usable
 from open_r1_capo.recipes import RECIPES, compose_recipe
 from open_r1_capo.run_folder import RunFolder, RunFolderError
 
@@ -209,7 +208,7 @@ def _survival(experiment: Experiment) -> Callable[[Job], bool | None]:
         job: [row["reward"] for row in folder.read_metrics() if row.get("reward") is not None]
         for job, folder in finished.items()
     }
-    base = statistics.fmean(one[0] for one in rewards.values()) if rewards else 0.0
+    base = base_accuracy(rewards.values())
     return lambda job: usable(rewards[job], base) if job in rewards else None
 
 
