@@ -10,7 +10,6 @@ Writes OUT/mechanism.json and OUT/mechanism.md. Exit codes: 0 done; 2 the input 
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import random
 import statistics
@@ -21,8 +20,10 @@ from typing import Any
 
 from open_r1_capo.counterfactual import STEP, Counterfactual, summary
 from open_r1_capo.grpo import USER_ERRORS, quiet
+from open_r1_capo.report.records import REQUIRED, read_record
 
 Token = dict[str, Any]
+NEEDED = (*REQUIRED, "prob", "entropy", "gradient_norm")  # columns of a record
 GROUPS = ("rejected", "kept", "random")
 NAMES = {
     "share": "share of tokens",
@@ -60,7 +61,7 @@ def tokens_of(record: dict[str, Any], bounds: tuple[float, float] | None = None)
             token = {name: completion[name][i] for name in ("prob", "entropy", "gradient_norm")}
             shifts = (completion["policy_shift"][i], completion["objective_shift"][i])
             token |= {
-                "kl": completion["kl"][i] if completion["kl"] else None,
+                "kl": completion["kl"][i] if completion.get("kl") else None,
                 "advantage": completion["advantage"],
                 "word": completion["tokens"][i].strip().isalpha(),
                 "position": i / max(1, count - 1),
@@ -112,12 +113,14 @@ def facts(members: Sequence[Token], everything: Sequence[Token]) -> dict[str, fl
     count = len(members)
     if not count:
         return {"tokens": 0} | dict.fromkeys(NAMES)
+    # null where a probability was not finite
+    probs, entropies = ([t[name] for t in members if t[name] is not None] for name in ("prob", "entropy"))
     return {
         "tokens": count,
         "share": count / len(everything),
-        "prob": statistics.median(token["prob"] for token in members),
-        "unlikely": sum(token["prob"] < 0.1 for token in members) / count,
-        "entropy": statistics.fmean(token["entropy"] for token in members),
+        "prob": statistics.median(probs) if probs else None,
+        "unlikely": statistics.fmean(prob < 0.1 for prob in probs) if probs else None,
+        "entropy": statistics.fmean(entropies) if entropies else None,
         "positive": sum(token["advantage"] > 0 for token in members) / count,
         "word": sum(token["word"] for token in members) / count,
         "position": statistics.fmean(token["position"] for token in members),
@@ -147,8 +150,8 @@ def read(run: Path) -> list[dict[str, Any]]:
     records = []
     for path in (run / "tokens").glob("step*.json.gz"):
         try:
-            records.append(json.loads(gzip.decompress(path.read_bytes())))
-        except (OSError, EOFError, ValueError) as error:
+            records.append(read_record(path, NEEDED))
+        except ValueError as error:
             raise RecordError(f"{path} cannot be read ({error})") from None
     if not records:
         raise RecordError(f"{run} has no record of every step: train it with token_records=all")
@@ -208,15 +211,21 @@ def main(argv: list[str] | None = None) -> int:
     quiet()
     if not options.records and not options.run:
         parser.error('give RECORDS="<run folder> …", RUN=<run folder> or both')  # exits with 2
+    if min(options.problems, options.samples) < 1:
+        parser.error(f"--problems and --samples are at least 1, got {options.problems} and {options.samples}")
     try:
         content, text = measure(options)
     except (RecordError, *USER_ERRORS) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "mechanism.json").write_text(json.dumps(content, indent=1) + "\n")
-    (options.out / "mechanism.md").write_text(text)
     print(text)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "mechanism.json").write_text(json.dumps(content, indent=1) + "\n")
+        (options.out / "mechanism.md").write_text(text)
+    except OSError as error:
+        print(f"error: {error.filename or options.out} cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
     return 0
 
 

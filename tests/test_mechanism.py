@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import oracle
+import pages
 from open_r1_capo import counterfactual, grpo
 from open_r1_capo.capo.selection import TrustRegion
 from open_r1_capo.configs import build
@@ -174,12 +175,46 @@ def test_what_cannot_be_used(run, tmp_path, capsys):
     (folder / "step1.json.gz").write_bytes(gzip.compress(b"{")[:-4])
     assert mechanism.main(["--records", str(tmp_path)]) == 2
     assert "step1.json.gz cannot be read" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        mechanism.main(["--run", str(run), "--problems", "0"])
+    assert stopped.value.code == 2
+    assert "--problems and --samples are at least 1" in capsys.readouterr().err
     with pytest.raises(counterfactual.ConfigError, match="capo.mode=observe"):
         config = (run / "config.yaml").read_text().replace("mode: observe", "mode: mask")
         (tmp_path / "config.yaml").write_text(config)
         Counterfactual(tmp_path)
     (tmp_path / "config.yaml").write_text("recipe: something else")
     assert mechanism.main(["--run", str(tmp_path)]) == 2
+
+
+def test_records_that_cannot_be_used(tmp_path, capsys):
+    """One sentence each, whatever is wrong; what was not finite when it was recorded is left out of a mean."""
+    record = pages.make_record(1)
+    pages.write_record(tmp_path, "step1", record)
+    path = tmp_path / "tokens" / "step1.json.gz"
+    whole, arguments = path.read_bytes(), ["--records", str(tmp_path), "--out", str(tmp_path / "out")]
+    odd = {
+        "corrupted": whole[:40] + bytes(40) + whole[80:],
+        "cut": whole[:-9],
+        "a list": gzip.compress(b"[1]"),
+        "nothing": gzip.compress(b'{"step": 1}'),
+    }
+    for name in ("prob", "weight", "advantage"):
+        lacks = {**record, "completions": [{k: v for k, v in record["completions"][0].items() if k != name}]}
+        odd[name] = gzip.compress(json.dumps(lacks).encode())
+    texts = {**record, "completions": [record["completions"][0] | {"entropy": ["x"] * 20}]}
+    odd["text"] = gzip.compress(json.dumps(texts).encode())
+    for name, content in odd.items():
+        path.write_bytes(content)
+        assert mechanism.main(arguments) == 2, name
+        assert f"error: {path} cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    record["completions"][0] |= {"prob": [None] * 20, "entropy": [None] * 20}
+    pages.write_record(tmp_path, "step1", record)
+    assert mechanism.main(arguments) == 0
+    (tmp_path / "file").touch()
+    assert mechanism.main([*arguments[:-1], str(tmp_path / "file")]) == 2
+    assert f"error: {tmp_path / 'file'} cannot be written (File exists)" in capsys.readouterr().err
 
 
 def test_a_step_is_measured_on_the_problems_of_its_own_run(tmp_path):

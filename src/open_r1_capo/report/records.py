@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ def read_records(folder: Path, interesting: list[int]) -> tuple[list[dict[str, A
         if len(records) == MOST:
             break
         try:
-            record = _read(path)
-        except (OSError, EOFError, ValueError, zlib.error) as error:
+            record = read_record(path)
+        except ValueError as error:
             notes.append(f"tokens/{path.name} cannot be read ({error}).")
             continue
         label = LABELS.get(_name(path), "")
@@ -96,10 +97,24 @@ def _clean(completion: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": str(completion.get("prompt", "")), "tokens": completion["tokens"], **scalars, **columns}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A record whose columns fit its tokens; ValueError says what is wrong with another."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        record = json.load(file)
+def read_record(path: Path, required: Sequence[str] = REQUIRED) -> dict[str, Any]:
+    """Read a record whose columns fit its tokens.
+
+    Args:
+        path: the file.
+        required: the columns that every completion must have.
+
+    Returns:
+        Its values of WHOLE, and its completions.
+
+    Raises:
+        ValueError: it cannot be read, or is no such record; the message says what is wrong with it.
+    """
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            record = json.load(file)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(str(error)) from None
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         raise ValueError("it has no step")
     completions = record.get("completions")
@@ -109,15 +124,19 @@ def _read(path: Path) -> dict[str, Any]:
         tokens = completion.get("tokens") if isinstance(completion, dict) else None
         if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
             raise ValueError("a completion has no tokens")
+        if not isinstance(completion.get("advantage", ""), int | float | None):
+            raise ValueError("a completion has no advantage")
         for key in COLUMNS:
             column = completion.get(key)
-            if (column is None and key in REQUIRED) or (column is not None and not _fits(column, len(tokens))):
+            if (column is None and key in required) or (column is not None and not _fits(column, len(tokens))):
                 raise ValueError(f"{key} does not have a value for every token")
     return {key: number(record.get(key)) for key in WHOLE} | {"completions": completions}
 
 
 def _fits(column: Any, length: int) -> bool:
-    return isinstance(column, list) and len(column) == length
+    """Whether a column has for every token a number, or null where it was not finite or not measured."""
+    known = isinstance(column, list) and len(column) == length
+    return known and all(isinstance(value, int | float | None) for value in column)
 
 
 def _name(path: Path) -> str:
