@@ -20,7 +20,7 @@ from typing import Any
 
 from open_r1_capo.counterfactual import STEP, Counterfactual, summary
 from open_r1_capo.grpo import USER_ERRORS, quiet
-from open_r1_capo.report.records import REQUIRED, read_record
+from open_r1_capo.run_folder import REQUIRED, read_record
 
 Token = dict[str, Any]
 NEEDED = (*REQUIRED, "prob", "entropy", "gradient_norm")  # columns of a record

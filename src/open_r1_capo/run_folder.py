@@ -14,13 +14,15 @@ A folder belongs to the settings it was made with: the same settings resume it, 
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import platform
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +42,9 @@ except ImportError:  # Windows: two processes in one folder go unnoticed
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify", "open-r1-capo")
 # what every summary.json has; further keys depend on the run
 SUMMARY = ("recipe", "scale", "seed", "steps", "completions", "reward_windows", "accuracy_before", "accuracy_after")
+# of a token record, a number or null a token; of the others, whoever reads them says which ones it needs
+REQUIRED = ("policy_shift", "objective_shift", "weight", "reason")
+TOKEN_COLUMNS = (*REQUIRED, "prob", "prob_after", "entropy", "gradient_norm", "kl", "kl_head")
 # where a run is written, how it is watched, or where its server is, does not make it another run; nor does the name of
 # a group of settings that are compared themselves
 NOT_IDENTITY = ("overwrite", "output_root", "report_to", "run_name", "num_threads", "token_records", "generation")
@@ -252,6 +257,47 @@ def _complete_lines(path: Path) -> list[dict[str, Any]]:
             break
         rows.append(row)
     return rows
+
+
+def read_record(path: Path, required: Sequence[str] = REQUIRED) -> dict[str, Any]:
+    """Read a token record whose columns fit its tokens.
+
+    Args:
+        path: the file.
+        required: the columns that every completion must have.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: it cannot be read, or is no such record; the message says what is wrong with it.
+    """
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            record = json.load(file)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError("it has no step")
+    if not isinstance(record.get("completions"), list):
+        raise ValueError("it has no completions")
+    for completion in record["completions"]:
+        tokens = completion.get("tokens") if isinstance(completion, dict) else None
+        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+            raise ValueError("a completion has no tokens")
+        if "advantage" not in completion or not isinstance(completion["advantage"], int | float | None):
+            raise ValueError("a completion has no advantage")
+        for key in TOKEN_COLUMNS:
+            column = completion.get(key)
+            if (column is None and key in required) or (column is not None and not _fits(column, len(tokens))):
+                raise ValueError(f"{key} does not have a value for every token")
+    return record
+
+
+def _fits(column: Any, length: int) -> bool:
+    """Whether a column has for every token a number, or null where it was not finite or not measured."""
+    known = isinstance(column, list) and len(column) == length
+    return known and all(isinstance(value, int | float | None) for value in column)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from open_r1_capo.report.panels import number
+from open_r1_capo.run_folder import TOKEN_COLUMNS, read_record
 
 LABELS = {
     "first": "first step",
     "most_rejected": "most tokens rejected",
     "largest_kl": "largest measured KL",
 }
-REQUIRED = ("policy_shift", "objective_shift", "weight", "reason")
-# per-token columns; those that are not required may be missing or null
-COLUMNS = (*REQUIRED, "prob", "prob_after", "entropy", "gradient_norm", "kl", "kl_head")
 MOST = 8  # records on a page
 WHOLE = ("step", "lr", "taken_lr", "measured_kl")
 
@@ -50,7 +45,8 @@ def read_records(folder: Path, interesting: list[int]) -> tuple[list[dict[str, A
             notes.append(f"tokens/{path.name} cannot be read ({error}).")
             continue
         label = LABELS.get(_name(path), "")
-        known = records.setdefault(record["step"], record | {"labels": []})
+        whole = {key: number(record.get(key)) for key in WHOLE} | {"completions": record["completions"], "labels": []}
+        known = records.setdefault(record["step"], whole)
         known["labels"] += [label] if label else []
     if len(paths) > MOST:
         notes.append(f"{len(paths)} records were kept; at most {MOST} of them are on this page.")
@@ -92,51 +88,9 @@ def _rank(completion: dict[str, Any]) -> tuple[int, float]:
 
 def _clean(completion: dict[str, Any]) -> dict[str, Any]:
     """Only what the page shows; a number that is not finite becomes null."""
-    columns = {key: [number(v) for v in completion[key]] for key in COLUMNS if completion.get(key) is not None}
+    columns = {key: [number(v) for v in completion[key]] for key in TOKEN_COLUMNS if completion.get(key) is not None}
     scalars = {key: number(completion.get(key)) for key in ("reward", "advantage")}
     return {"prompt": str(completion.get("prompt", "")), "tokens": completion["tokens"], **scalars, **columns}
-
-
-def read_record(path: Path, required: Sequence[str] = REQUIRED) -> dict[str, Any]:
-    """Read a record whose columns fit its tokens.
-
-    Args:
-        path: the file.
-        required: the columns that every completion must have.
-
-    Returns:
-        Its values of WHOLE, and its completions.
-
-    Raises:
-        ValueError: it cannot be read, or is no such record; the message says what is wrong with it.
-    """
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            record = json.load(file)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(str(error)) from None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        raise ValueError("it has no step")
-    completions = record.get("completions")
-    if not isinstance(completions, list):
-        raise ValueError("it has no completions")
-    for completion in completions:
-        tokens = completion.get("tokens") if isinstance(completion, dict) else None
-        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-            raise ValueError("a completion has no tokens")
-        if not isinstance(completion.get("advantage", ""), int | float | None):
-            raise ValueError("a completion has no advantage")
-        for key in COLUMNS:
-            column = completion.get(key)
-            if (column is None and key in required) or (column is not None and not _fits(column, len(tokens))):
-                raise ValueError(f"{key} does not have a value for every token")
-    return {key: number(record.get(key)) for key in WHOLE} | {"completions": completions}
-
-
-def _fits(column: Any, length: int) -> bool:
-    """Whether a column has for every token a number, or null where it was not finite or not measured."""
-    known = isinstance(column, list) and len(column) == length
-    return known and all(isinstance(value, int | float | None) for value in column)
 
 
 def _name(path: Path) -> str:
