@@ -77,13 +77,6 @@ def training_settings(folder: Path) -> dict:
     return {}
 
 
-def _setting(settings: dict, key: str) -> object:
-    """Look a key up in a run's config.yaml, whose recipe may be nested one level deep."""
-    if key in settings:
-        return settings[key]
-    return next((part[key] for part in settings.values() if isinstance(part, dict) and key in part), None)
-
-
 def download(name: str) -> Path:
     """Bring a model from the hub, or from its cache.
 
@@ -143,8 +136,8 @@ def resolve(name: str, lab: dict | None = None) -> Model:
     if not (folder / "config.json").is_file() or not any(folder.glob(pattern) for pattern in WEIGHTS):
         raise EvalError(f"{folder} holds no model (config.json and weights as .safetensors)")
     settings = training_settings(folder)
-    is_lab = (folder / "lab.json").is_file() or _setting(settings, "model_name_or_path") == "lab"
-    trained_with = _setting(settings, "system_prompt")
+    is_lab = (folder / "lab.json").is_file() or settings.get("model_name_or_path") == "lab"
+    trained_with = settings.get("system_prompt")
     if trained_with is None:
         trained_with = "" if is_lab else SYSTEM_PROMPT
     return Model(name, folder.resolve(), fingerprint(folder), is_lab, str(trained_with))

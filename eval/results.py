@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from open_r1_capo import run_folder
 
 SUITE_SIZE = 8
 
@@ -142,16 +143,14 @@ def markdown(results: dict) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all.
+    """Write a file, and the folders that it is in, so that it is there whole or not at all.
 
     Args:
         path: The file.
         text: Its content.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    run_folder.write_atomically(path, text)
 
 
 def write(results: dict, folder: Path) -> None:

@@ -26,6 +26,7 @@ from open_r1_capo.data import SYSTEM_PROMPT, make_prompt
 from open_r1_capo.lab import policy
 from open_r1_capo.lab.pretrain import LabSettings
 from open_r1_capo.lab.task import Mixture
+from open_r1_capo.model_server import parallelism
 
 EVAL = Path(run.__file__).parent
 SERVER = """
@@ -122,7 +123,7 @@ def test_server_that_stops_or_never_answers_shows_its_log(tmp_path):
     ],
 )
 def test_parallelism(memory, weights, heads, sizes):
-    assert server.parallelism(memory, weights, heads) == sizes
+    assert parallelism(memory, weights, heads) == sizes
 
 
 def test_vllm_command(tiny_policy):
