@@ -18,7 +18,6 @@ import stats
 import synthetic_runs
 import tables
 from open_r1_capo import experiments, outcomes
-from open_r1_capo.run_folder import SUMMARY
 
 EXPERIMENTS = {
     "fig2": """
@@ -371,51 +370,6 @@ def test_a_place_that_cannot_be_written(fig2, capsys):
     Path("out").write_text("")
     assert figures.main(["--name", "fig1", "--out", "out"]) == 2
     assert "error: out cannot be read or written (File exists)" in capsys.readouterr().err
-
-
-def test_runs_against_each_other(fig2, capsys):
-    """Any folders: seeds of one line, its mean and error as everywhere; only what has ended is tabled."""
-    folders = [fig2.folder(fig2.arms[i], seed) for i, seed in ((4, 2), (4, 3), (1, 2))]
-    (folders[0] / "summary.json").write_text(
-        json.dumps(dict.fromkeys(SUMMARY) | {"accuracy_best": 0.5, "measured_kl": {"max": "x"}})
-    )
-    (folders[1] / "summary.json").write_text('{"accuracy_best": 0.')
-    assert figures.main([*map(str, folders), "--smooth", "off", "--out", "out"]) == 0
-    assert "| capo_aggressive (lab) | 1 | – | 0.500 | – | – | – | – |" in capsys.readouterr().out
-    assert {path.name for path in Path("out").iterdir()} == {"runs.png", "runs.svg", "runs.md", "runs.json"}
-    numbers = json.loads(Path("out/runs.json").read_text())
-    arm, other = numbers["panels"][0]["arms"]
-    rewards = rewards_of(fig2, "CAPO")
-    assert np.allclose(arm["mean"], rewards.mean(0), rtol=1e-3)
-    assert np.allclose(arm["se"], rewards.std(0, ddof=1) / np.sqrt(2), rtol=1e-3)
-    assert (arm["n"], other["label"], other["n"]) == (2, "grpo_aggressive (lab)", 1)
-    assert numbers["summaries"]["capo_aggressive (lab)"][0]["accuracy_best"] == 0.5
-
-
-def test_runs_without_a_step_are_refused_if_named_and_left_out_of_all(fig2, capsys):
-    run, empty = fig2.folder(fig2.arms[0], 2), Path("outputs/capo_aggressive/lab/seed0")
-    empty.mkdir(parents=True)
-    for _ in range(2):
-        assert figures.main([str(run), str(empty), "--out", "named"]) == 2
-        assert f"{empty} is not a run folder" in capsys.readouterr().err
-        assert not Path("named").exists()
-        assert figures.main(["--all", str(run), str(empty), "--out", "all"]) == 2
-        assert Path("all/runs.png").is_file() and Path("all/fig2.png").is_file()
-        assert f"warning: runs: {empty} has no step yet and is left out" in capsys.readouterr().err
-        (empty / "metrics.jsonl").touch()
-
-
-def test_a_run_that_is_refused_stops_no_figure(fig2, capsys):
-    path = fig2.folder(fig2.arms[0], 2) / "metrics.jsonl"
-    broken = Path("outputs/capo_aggressive/lab/seed0/metrics.jsonl")
-    broken.parent.mkdir(parents=True)
-    broken.write_text(path.read_text().replace('"reward": 0', '"reward": "x", "y": 0', 1))
-    assert figures.main(["--all", str(broken.parent), "--out", "out"]) == 2
-    assert f"error: runs is not drawn: {broken}:1 has 'x' for reward, which is no number" in capsys.readouterr().err
-    assert Path("out/fig2.png").is_file()
-    broken.write_text(path.read_text().replace("completions", "completed", 1))
-    assert figures.main([str(broken.parent), "--out", "out"]) == 0
-    assert json.loads(Path("out/runs.json").read_text())["panels"][0]["arms"][0]["x"][0] == 2 * 384
 
 
 def test_a_figure_takes_no_run_folders(fig2, capsys):
