@@ -170,6 +170,7 @@ FIGURES = {
     "transfer_batch": Entry(tables.transfer, tables.ACTS, scales=True),
     "variants": Entry(tables.transfer, tables.ACTS, scales=True),
     "warmup": Entry(ours.stability),
+    "sgd": Entry(ours.stability),
 }
 
 

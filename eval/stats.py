@@ -13,7 +13,6 @@ import numpy as np
 from open_r1_capo import outcomes
 
 DRAWS = 1000  # bootstrap resamples
-base_accuracy = outcomes.base_accuracy
 
 
 def ema(values: Sequence[float], weight: float) -> np.ndarray:
@@ -129,11 +128,6 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     a, b = (ranks(side[known]) - (known.sum() + 1) / 2 for side in (x, y))
     norm = np.sqrt((a * a).sum() * (b * b).sum())
     return float((a * b).sum() / norm) if norm > 0 else float("nan")
-
-
-def fell(rewards: Sequence[float]) -> bool:
-    """Say whether a run ends more than outcomes.MARGIN below its best window, wherever that is."""
-    return not outcomes.survived(rewards)
 
 
 def cost_to(target: float, rewards: Sequence[float], cost: Sequence[float]) -> float:

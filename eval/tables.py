@@ -190,7 +190,7 @@ def outcome(line: Line, base: float) -> dict[str, Any]:
 
     Args:
         line: its runs.
-        base: `stats.base_accuracy` of the experiment at this scale.
+        base: `outcomes.base_accuracy` of the experiment at this scale.
 
     Returns:
         last and best accuracy of each seed, and how many of n collapsed, fell, survived and stayed usable.
@@ -201,7 +201,7 @@ def outcome(line: Line, base: float) -> dict[str, Any]:
         "last": [outcomes.last_accuracy(one) for one in rewards],
         "best": [outcomes.best_accuracy(one) for one in rewards],
         "collapsed": sum(outcomes.collapsed(one, base) for one in rewards),
-        "fell": sum(stats.fell(one) for one in rewards),
+        "fell": len(rewards) - sum(map(outcomes.survived, rewards)),
         "survived": sum(map(outcomes.survived, rewards)),
         "usable": sum(outcomes.usable(one, base) for one in rewards),
         "test": [float(run.tests[-1][TEST]) for run in line.runs if run.tests],
@@ -232,7 +232,7 @@ def efficiency(data: Data, smooth: float = 0.0) -> Result:
     reference = next((line for line in data.lines if line.arm.recipe == "grpo_conservative"), None)
     if reference is None:
         raise FigureError("the target is the final accuracy of grpo_conservative, which is not among the arms")
-    base = stats.base_accuracy([run.rewards for line in data.lines for run in line.runs])
+    base = outcomes.base_accuracy([run.rewards for line in data.lines for run in line.runs])
     target = float(np.mean([outcomes.last_accuracy(run.rewards) for run in reference.runs]))
     rows, numbers = [], {}
     for line in data.lines:
@@ -278,7 +278,7 @@ def stability(data: Data) -> tuple[dict[str, list[Line]], dict[str, Any], str]:
     Raises:
         FigureError: an arm without a learning rate.
     """
-    base = stats.base_accuracy([run.rewards for line in data.lines for run in line.runs])
+    base = outcomes.base_accuracy([run.rewards for line in data.lines for run in line.runs])
     methods: dict[str, list[Line]] = {}
     for line in data.lines:
         if line.setting("learning_rate") is None:
@@ -317,7 +317,7 @@ def transfer(scales: Sequence[Data], smooth: float = 0.0) -> Result:
     """
     numbers, labels = {}, {}
     for data in scales:
-        base = stats.base_accuracy([run.rewards for line in data.lines for run in line.runs])
+        base = outcomes.base_accuracy([run.rewards for line in data.lines for run in line.runs])
         for line in data.lines:
             label = (line.arm.label, *line.arm.overrides)
             labels[label] = None

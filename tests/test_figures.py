@@ -53,6 +53,7 @@ EXPERIMENTS = {
     "transfer_batch": "{title: batch, extends: transfer}",
     "variants": "{title: variants, extends: transfer}",
     "warmup": "{title: warm-up, extends: stability}",
+    "sgd": "{title: SGD, extends: stability}",
     "tuning_methods": """
         {title: tuning, seeds: [2, 3], arms: [{label: GRPO, recipe: grpo_aggressive, overrides: {beta: 0},
           grid: {learning_rate: [4.0e-4, 1.6e-3]}}]}""",

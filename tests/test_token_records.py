@@ -131,6 +131,8 @@ def test_resuming_forgets_later_records(tmp_path, tiny_tokenizer):
         content = {"step": step, "taken_lr": 1e-3, "rejected": 0.5, "measured_kl": 0.25, "completions": []}
         (folder / f"{name}.json.gz").write_bytes(gzip.compress(json.dumps(content).encode()))
     (folder / "step3.json.gz").write_bytes(b"cut off")
+    whole = gzip.compress(json.dumps({"step": 2}).encode())
+    (folder / "step2.json.gz").write_bytes(whole[:10] + b"\xff" * 6 + whole[16:])
     found = records(tmp_path, tiny_tokenizer)
     found.resume(4)
     assert sorted(path.name for path in folder.iterdir()) == ["first.json.gz", "largest_kl.json.gz"]

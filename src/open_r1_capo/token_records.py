@@ -13,6 +13,7 @@ import gzip
 import json
 import math
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class TokenRecords:
                 with gzip.open(path, "rt", encoding="utf-8") as file:
                     record = json.load(file)
                 stays = record["step"] <= step
-            except (OSError, EOFError, ValueError, KeyError, TypeError):  # it cannot be read
+            except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error):  # it cannot be read
                 stays = False
             if not stays:
                 path.unlink()
