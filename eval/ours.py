@@ -49,8 +49,9 @@ def stability(data: Data, smooth: float) -> Result:
             rates = sorted({rate for label in labels for rate in numbers["methods"][label]["rates"]})
             axis.axhline(numbers["base"], color="#666666", lw=1, ls=":", label="base policy")
             axis.set_xscale("log", base=2)
-            labels = [f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-") for rate in rates]
-            axis.set_xticks(rates, [label if i % 2 == 0 else "" for i, label in enumerate(labels)])
+            labels = [f"{r:g}" if r >= 0.1 else f"{r:.1e}".replace(".0e", "e").replace("e-0", "e-") for r in rates]
+            every = 1 if len(rates) < 5 else 2
+            axis.set_xticks(rates, [label if i % every == 0 else "" for i, label in enumerate(labels)])
             axis.set(xlabel="learning rate (peak)", ylim=(-0.02, 1.04))
             axis.set_title(f"{name}: last in-training accuracy")
             axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
