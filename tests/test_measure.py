@@ -106,7 +106,7 @@ def test_a_step_is_measured_against_the_full_policies(build):
 def test_bfloat16_weights_give_float32_log_probabilities(tiny_policy):
     """Logits of bfloat16 factors are products in float32; rounded to bfloat16 they are off by 2⁻⁹ of their size."""
     narrow = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.bfloat16)
-    weight = narrow.get_output_embeddings().weight
+    weight = narrow.get_output_embeddings().weight.detach()
     hidden = torch.randn(20, weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
     ids = torch.arange(weight.shape[0]).expand(20, -1)
     exact = (hidden.double() @ weight.double().T / 0.9).log_softmax(1)

@@ -178,9 +178,8 @@ def test_json_says_what_the_table_says(capsys):
 
 
 def test_a_runs_seconds_beside_the_estimate(tmp_path, capsys):
-    lines = [{"time/total": 100.0, "time/generate": 50.0}] * 2 + [
-        {"time/total": t, "time/generate": 1.0} for t in (2, 3, 4)
-    ]
+    seconds = [(100.0, 50.0), (100.0, 50.0), (2, 1.0), (3, 1.0), (4, 1.0)]
+    lines = [{"step": i, "time/total": t, "time/generate": g} for i, (t, g) in enumerate(seconds, start=1)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"st')  # the run goes on
     found = measured_seconds(tmp_path)
     assert (found["total"], found["generation"]) == (3, 1)
