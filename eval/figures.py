@@ -158,8 +158,9 @@ FIGURES = {
     "fig10": Entry(fig10, (TEST,)),
     "table1": Entry(tables.table1, tuple(tables.SECONDS)),
     "table5": Entry(tables.table5, (*TABLE5, *tables.SCALE_KEYS)),
-    "stability": Entry(ours.stability),
-    "stability_grid": Entry(ours.stability),
+    "stability": Entry(ours.stability, ("capo/measured_kl",)),
+    "stability_grid": Entry(ours.stability, ("capo/measured_kl",)),
+    "stability_cost": Entry(tables.efficiency),
     "calibration": Entry(ours.calibration, (*tables.CALIBRATION_KEYS, *tables.SCALE_KEYS)),
     "tuning_methods": Entry(tables.tuning, tables.ACTS),
     "tuning_rivals": Entry(tables.tuning, tables.ACTS),
@@ -169,8 +170,10 @@ FIGURES = {
     "transfer": Entry(tables.transfer, tables.ACTS, scales=True),
     "transfer_batch": Entry(tables.transfer, tables.ACTS, scales=True),
     "variants": Entry(tables.transfer, tables.ACTS, scales=True),
-    "warmup": Entry(ours.stability),
-    "sgd": Entry(ours.stability),
+    "warmup": Entry(ours.stability, ("capo/measured_kl",)),
+    "sgd": Entry(ours.stability, ("capo/measured_kl",)),
+    "step_sizes": Entry(ours.step_sizes, ("grad_norm", "capo/measured_kl")),
+    "step_sizes_sgd": Entry(ours.step_sizes, ("grad_norm", "capo/measured_kl")),
 }
 
 

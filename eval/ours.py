@@ -11,13 +11,14 @@ from matplotlib.axes import Axes
 
 import stats
 import tables
-from curves import Data, FigureError, Line
+from curves import Data, FigureError, Line, Run
 from drawing import COLOURS, RC, Result, caption, heading
 
 POINTS = 300  # of a scatter, an arm
 ACROSS = 7  # panels a row
 MARKERS = "osD^vPX"
 DRAWS = 200  # bootstrap resamples of the calibration table: ten intervals a method, of 20 methods
+STAGES = ((2, 10), (11, 20), (21, None))  # steps: a warm-up without its first, which stands still; then the collapse
 NOISE = 1e-6  # nats; of a smaller measured KL, the rounding of float32 log-probabilities is a tenth and more
 
 
@@ -81,6 +82,43 @@ def rates_panel(axis: Axes, found: dict, label: str, place: tuple[int, int]) -> 
     if found["largest_usable"]:
         place = list(rates).index(found["largest_usable"])
         axis.plot(x[place], means[place], "o", ms=11, mfc="none", mec=colour, mew=1.3)
+
+
+def step_sizes(data: Data, smooth: float) -> Result:
+    """Ours: the gradient's norm before clipping and the measured KL of a step, early and late in training.
+
+    Args:
+        data: runs with grad_norm and measured_kl.
+        smooth: not used.
+
+    Returns:
+        Their means over the steps of each of STAGES and over seeds, by arm.
+    """
+    names = [f"{first} to {last}" if last else f"from {first}" for first, last in STAGES]
+    keys, rows, numbers = {"gradient norm": "grad_norm", "KL": "capo/measured_kl"}, [], {}
+    for line in data.lines:
+        label = ", ".join((line.arm.label, *line.arm.overrides))
+        numbers[label] = {
+            name: [float(np.mean([stage_mean(run, key, *stage) for run in line.runs])) for stage in STAGES]
+            for name, key in keys.items()
+        }
+        largest = max(map(tables.largest_kl, line.runs))
+        numbers[label]["largest KL"] = largest
+        cells = [tables.number(value, ".2g") for name in keys for value in numbers[label][name]]
+        rows.append([line.arm.label, ", ".join(line.arm.overrides), *cells, tables.number(largest, ".2g")])
+    header = ["arm", "settings", *(f"{key}, steps {name}" for key in keys for name in names), "largest KL"]
+    notes = f"Means over the steps and over seeds; KL in nats, of a whole step. {data.seeds}."
+    return Result(
+        heading(data) | {"stages": names, "arms": numbers},
+        table=tables.markdown(data.experiment.title, header, rows, notes),
+    )
+
+
+def stage_mean(run: Run, key: str, first: int, last: int | None) -> float:
+    """The mean of a metric over the steps from `first` to `last`, None for the end; NaN where there is none."""
+    steps, values = run.series(key)
+    inside = values[(steps >= first) & (steps <= (last or np.inf))]
+    return float(inside.mean()) if len(inside) else float("nan")
 
 
 def calibration(data: Data, smooth: float) -> Result:

@@ -235,16 +235,17 @@ def efficiency(data: Data, smooth: float = 0.0) -> Result:
     base = outcomes.base_accuracy([run.rewards for line in data.lines for run in line.runs])
     target = float(np.mean([outcomes.last_accuracy(run.rewards) for run in reference.runs]))
     rows, numbers = [], {}
+    labels = [line.arm.label for line in data.lines]
     for line in data.lines:
+        label = line.arm.label
+        label = ", ".join((label, *line.arm.overrides)) if labels.count(label) > 1 else label
         found = outcome(line, base)
         costs = {column: cost(line, target, column) for column in ("completions", "accepted_tokens", "step")}
         reached, n = costs["step"]["reached"], found["n"]
-        numbers[line.arm.label] = found | {"costs": costs}
+        numbers[label] = found | {"costs": costs}
         cells = [interval(one, ",.0f") for one in costs.values()]
         ends = [spread(found["best"]), spread(found["last"]), spread(found["test"])]
-        rows.append(
-            [line.arm.label, f"{reached}/{n}", *cells, *ends, f"{found['collapsed']}/{n}", f"{found['fell']}/{n}"]
-        )
+        rows.append([label, f"{reached}/{n}", *cells, *ends, f"{found['collapsed']}/{n}", f"{found['fell']}/{n}"])
     header = [
         "arm",
         "reached",
@@ -264,6 +265,11 @@ def efficiency(data: Data, smooth: float = 0.0) -> Result:
     )
     table = markdown(data.experiment.title, header, rows, notes)
     return Result(heading(data) | {"target": target, "base": base, "arms": numbers}, table=table)
+
+
+def largest_kl(run: Run) -> float:
+    """The largest measured KL of a run's steps, in nats; NaN if none was measured."""
+    return float(max(run.series("capo/measured_kl")[1], default=float("nan")))
 
 
 def stability(data: Data) -> tuple[dict[str, list[Line]], dict[str, Any], str]:
@@ -293,13 +299,16 @@ def stability(data: Data) -> tuple[dict[str, list[Line]], dict[str, Any], str]:
             for verdict in ("survived", "usable")
         }
         numbers[label] = {"rates": found} | largest
-        cells = [f"{rate:g}: {spread(one['last'], '.2f')} ({one['usable']}/{one['n']})" for rate, one in found.items()]
-        rows.append([label, *(f"{rate:g}" if rate else "none" for rate in largest.values()), "; ".join(cells)])
+        numbers[label]["largest_kl"] = kl = max(largest_kl(run) for line in lines for run in line.runs)
+        cells = [f"{rate:g}: {spread(one['last'])} ({one['usable']}/{one['n']})" for rate, one in found.items()]
+        rates = (f"{rate:g}" if rate else "none" for rate in largest.values())
+        rows.append([label, *rates, "; ".join(cells), number(kl, ".2g")])
     header = [
         "method",
         "largest rate survived",
         "largest rate usable",
         "rate: last accuracy (usable seeds / n)",
+        "largest KL of a step, nats",
     ]
     notes = f"Mean ± standard error over seeds; by all of {all_of} seeds. {RULES} The base accuracy is {base:.3f}."
     return methods, {"base": base, "methods": numbers}, markdown(data.experiment.title, header, rows, notes)

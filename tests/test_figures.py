@@ -53,6 +53,9 @@ EXPERIMENTS = {
     "transfer_batch": "{title: batch, extends: transfer}",
     "variants": "{title: variants, extends: transfer}",
     "warmup": "{title: warm-up, extends: stability}",
+    "stability_cost": "{title: cost, extends: fig2}",
+    "step_sizes": "{title: sizes, extends: tuning_methods}",
+    "step_sizes_sgd": "{title: sizes, extends: stability}",
     "sgd": "{title: SGD, extends: stability}",
     "tuning_methods": """
         {title: tuning, seeds: [2, 3], arms: [{label: GRPO, recipe: grpo_aggressive, overrides: {beta: 0},
