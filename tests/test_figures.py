@@ -276,7 +276,7 @@ def test_stability_marks_the_largest_rate_that_every_seed_survives(place):
     for arm, seed in experiment.runs():
         if arm.recipe == "grpo_aggressive" or arm.value("learning_rate") == 3.2e-3:  # a searched grid has gaps
             synthetic_runs.write_run(experiment.folder(arm, seed), arm, seed)
-    data = curves.load("stability", experiment, ())
+    data = curves.load("stability", experiment, figures.FIGURES["stability"].keys)
     assert not data.warnings
     _, numbers, _ = tables.stability(data)
     assert numbers["methods"]["GRPO"]["largest_survived"] == 8e-4
