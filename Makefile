@@ -45,7 +45,7 @@ train: $(STAMP) ## train RECIPE=capo_aggressive SCALE=lab SEED=0 ARGS="learning_
 	@$(LAUNCH) --config-name $(RECIPE) scale=$(SCALE) seed=$(SEED) $(if $(OVERWRITE),overwrite=true) $(ARGS)
 
 experiment: $(STAMP) ## NAME=fig2 SCALE=lab [SEEDS=5 ARGS=--dry-run]: the missing runs of a figure, side by side or by Slurm
-	@$(if $(filter lab%,$(SCALE)),OMP_NUM_THREADS=1 )$(BIN)/python -m open_r1_capo.sweep $(NAME) --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
+	@$(if $(filter lab%,$(SCALE)),OMP_NUM_THREADS=1 )$(BIN)/python -m open_r1_capo.experiments.sweep $(NAME) --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 test: $(STAMP) ## unit and integration tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
@@ -63,7 +63,7 @@ style: $(STAMP) ## reformat and repair what can be
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 plan: $(STAMP) ## memory and time of RECIPE= at SCALE= on GPUS=4 GPU=h100 [NODES= ACCELERATOR=zero2 GENERATION= RUN= ARGS=]
-	@$(BIN)/python -m open_r1_capo.plan --recipe $(RECIPE) --scale $(SCALE) $(if $(GPUS),--gpus $(GPUS)) $(if $(NODES),--nodes $(NODES)) \
+	@$(BIN)/python -m open_r1_capo.capacity --recipe $(RECIPE) --scale $(SCALE) $(if $(GPUS),--gpus $(GPUS)) $(if $(NODES),--nodes $(NODES)) \
 	  $(if $(GPU),--gpu $(GPU)) $(if $(ACCELERATOR),--accelerator $(ACCELERATOR)) $(if $(GENERATION),--generation $(GENERATION)) \
 	  $(if $(SERVER_GPUS),--server-gpus $(SERVER_GPUS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(RUN),--run "$(RUN)") $(ARGS)
 
@@ -74,7 +74,7 @@ compare: $(STAMP) ## RUNS="<run folder> …" on one page, OUT=outputs/compare.ht
 	@$(BIN)/python -m open_r1_capo.report.compare --out $(or $(OUT),outputs/compare.html) $(RUNS)
 
 figures: $(STAMP) ## draw NAME=fig2 (without it all that have runs) SCALE=lab [SEEDS=5 SMOOTH=0.9|off OUT=], or RUNS="<run folder> …"
-	@$(BIN)/python eval/figures.py --scale $(SCALE) $(if $(NAME),--name $(NAME)) $(if $(SEEDS),--seeds $(SEEDS)) \
+	@$(BIN)/python -m open_r1_capo.experiments.figures.draw --scale $(SCALE) $(if $(NAME),--name $(NAME)) $(if $(SEEDS),--seeds $(SEEDS)) \
 	  $(if $(SMOOTH),--smooth $(SMOOTH)) $(if $(OUT),--out $(OUT)) $(or $(RUNS),$(if $(NAME),,--all $(wildcard outputs/*/*/seed*)))
 
 include $(wildcard eval/eval.mk benchmarks/bench.mk)

@@ -18,10 +18,10 @@ from transformers import AutoTokenizer
 
 from common import save
 from open_r1_capo.capo import AdamStep, TokenBatch, TrustRegion, objective_shift, policy_shift
-from open_r1_capo.configs import build
 from open_r1_capo.grpo import known_rewards, load_dataset, make_trainer, quiet
-from open_r1_capo.lab.policy import base_policy
-from open_r1_capo.recipes import compose_recipe
+from open_r1_capo.settings.recipes import compose_recipe
+from open_r1_capo.settings.run import build
+from open_r1_capo.tasks.lab.policy import base_policy
 
 PAPER = {"CAPO": (1e-4, 1e-2), "Dr.CAPO": (1e-3, 5e-4), "ReinCAPO": (1e-5, 1e-1)}  # (δ_F, δ_H), Table 4
 

@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 
 from open_r1_capo import grpo
-from open_r1_capo.generation.choice import vllm_python
-from open_r1_capo.lab.policy import base_policy
-from open_r1_capo.model_server import free_port, serve, vllm_command, vllm_environment
+from open_r1_capo.cluster.vllm import free_port, serve, vllm_command, vllm_environment
+from open_r1_capo.tasks.lab.policy import base_policy
+from open_r1_capo.training.generation.choice import vllm_python
 
 DIFFERENCE = "sampling/sampling_logp_difference"
 

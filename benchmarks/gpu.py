@@ -21,7 +21,7 @@ import torch
 from common import Shape, everyone, save
 from open_r1_capo.capo import AdamStep, TokenBatch, TrustRegion, adam, kernels, objective_shift, policy_shift
 from open_r1_capo.capo.segments import ENGINE_VARIABLE
-from open_r1_capo.features import policy_support
+from open_r1_capo.training.features import policy_support
 
 PAPER = Shape(tokens=24 * 1024, length=1024, support=50, dim=3584, rows=20000, vocab=152064)
 TINY = Shape(tokens=24, length=8, support=6, dim=40, rows=50, vocab=128)

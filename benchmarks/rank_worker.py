@@ -23,11 +23,11 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import GRPOConfig
 
-from open_r1_capo.configs import CAPOConfig
-from open_r1_capo.data import to_prompts
 from open_r1_capo.grpo import quiet
-from open_r1_capo.lab.task import problems
-from open_r1_capo.trainer import CAPOTrainer
+from open_r1_capo.settings.run import CAPOConfig
+from open_r1_capo.tasks.data import to_prompts
+from open_r1_capo.tasks.lab.task import problems
+from open_r1_capo.training.trainer import CAPOTrainer
 
 COMPLETIONS, LENGTH, STEPS = 16, 8, 3  # of the whole batch; tokens of the longest
 

@@ -62,8 +62,8 @@ def policy(folder: Path, tied: bool = False) -> Path:
     Returns:
         The folder.
     """
-    from open_r1_capo.lab.pretrain import LabSettings, build_model
-    from open_r1_capo.lab.tokenizer import build_tokenizer
+    from open_r1_capo.tasks.lab.pretrain import LabSettings, build_model
+    from open_r1_capo.tasks.lab.tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer(64)
     model = build_model(LabSettings(), tokenizer, seed=0)
@@ -230,7 +230,7 @@ def planned(accelerator: str, count: int, bf16: bool, found: dict[str, int]) -> 
     Returns:
         A row of a table.
     """
-    from open_r1_capo.plan.memory import states
+    from open_r1_capo.capacity.memory import states
 
     weights, _, optimizer = states(count, accelerator, 2, 2 if bf16 else 4)
     said = {"weights": weights, "optimizer": optimizer}

@@ -16,8 +16,8 @@ import threading
 import time
 from collections.abc import Sequence
 
-from open_r1_capo.data import boxed, read_rows
-from open_r1_capo.rewards import Verifier
+from open_r1_capo.tasks.data import boxed, read_rows
+from open_r1_capo.tasks.rewards import Verifier
 
 HOSTILE = (
     "\\boxed{10^{10^{10}}}",

@@ -11,21 +11,21 @@ eval-model:
 	@$(if $(MODEL)$(RUN),,echo "eval: give MODEL=<folder or hub id> or RUN=<run folder>" >&2; exit 2)
 
 eval: eval-model $(STAMP) .venv-eval/.ready $(if $(filter transformers,$(BACKEND)),,.venv-vllm/.tried) ## evaluate MODEL=… or RUN=… on the eight test sets [TASKS= SAMPLES= LIMIT= DATA= OUT= BACKEND=]
-	@$(BIN)/python eval/run.py $(EVAL_FLAGS)
+	@$(BIN)/python -m open_r1_capo.evaluation.run $(EVAL_FLAGS)
 	@$(if $(RUN),test ! -f '$(RUN)/summary.json' || $(BIN)/python -m open_r1_capo.report '$(RUN)')
 
 serve: $(STAMP) .venv-vllm/.tried ## serve MODEL=lab|<folder>|<hub id> with vLLM for training [HOST= PORT=8000 TP= DP=]
-	@$(BIN)/python -m open_r1_capo.generation.serve --model '$(or $(MODEL),lab)' $(foreach name,HOST PORT TP DP,$(if \
+	@$(BIN)/python -m open_r1_capo.cluster.serve --model '$(or $(MODEL),lab)' $(foreach name,HOST PORT TP DP,$(if \
 	  $($(name)),--$(shell echo $(name) | tr A-Z a-z) '$($(name))'))
 
 data-check: $(STAMP) ## list training problems that are also in a test set [DATA=<folder> TRAIN=math_train_12000]
-	@$(BIN)/python eval/data_check.py $(if $(DATA),--data '$(DATA)') $(if $(TRAIN),--train '$(TRAIN)')
+	@$(BIN)/python -m open_r1_capo.evaluation.data_check $(if $(DATA),--data '$(DATA)') $(if $(TRAIN),--train '$(TRAIN)')
 
 eval-gold: $(STAMP) ## check the scoring against the gold answers of DATA=<folder> [TASKS="gsm8k …"]
-	@$(if $(DATA),,echo "eval-gold: give DATA=<folder of the test sets>" >&2; exit 2;) $(BIN)/python eval/gold_check.py '$(DATA)' $(TASKS)
+	@$(if $(DATA),,echo "eval-gold: give DATA=<folder of the test sets>" >&2; exit 2;) $(BIN)/python -m open_r1_capo.evaluation.gold_check '$(DATA)' $(TASKS)
 
 mechanism: $(STAMP) ## what masking does: RECORDS="<run> …" of token_records=all, RUN=<run with checkpoints> [BOUNDS="δ_F δ_H" PROBLEMS= SAMPLES= OUT=]
-	@$(BIN)/python eval/mechanism.py $(if $(RECORDS),--records $(RECORDS)) $(foreach name,RUN BOUNDS PROBLEMS SAMPLES OUT,$(if \
+	@$(BIN)/python -m open_r1_capo.experiments.mechanism $(if $(RECORDS),--records $(RECORDS)) $(foreach name,RUN BOUNDS PROBLEMS SAMPLES OUT,$(if \
 	  $($(name)),--$(shell echo $(name) | tr A-Z a-z) $($(name))))
 
 # $(1): environment, $(2): packages. Without a GPU, torch comes from its CPU index, if the default would bring CUDA.

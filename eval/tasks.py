@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -29,10 +28,8 @@ from lighteval.models.model_output import ModelResponse
 from lighteval.tasks.lighteval_task import LightevalTaskConfig
 from lighteval.tasks.requests import Doc, SamplingMethod
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from scoring import Verifier, score
-from suite import OPEN, Benchmark, lab, record
+from open_r1_capo.evaluation.scoring import Verifier, score
+from open_r1_capo.evaluation.suite import OPEN, Benchmark, lab, record
 
 DATA = os.environ.get("CAPO_EVAL_DATA")
 PYTHON = Path(os.environ.get("CAPO_EVAL_PYTHON") or Path(__file__).parents[1] / ".venv" / "bin" / "python")

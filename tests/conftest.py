@@ -26,8 +26,8 @@ def transformers_stays_whole():
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory) -> Path:
     """A random Qwen2 with the lab's tokenizer, saved as an ordinary folder."""
-    from open_r1_capo.lab.pretrain import LabSettings, build_model
-    from open_r1_capo.lab.tokenizer import build_tokenizer
+    from open_r1_capo.tasks.lab.pretrain import LabSettings, build_model
+    from open_r1_capo.tasks.lab.tokenizer import build_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny") / "policy"
     settings = LabSettings()
@@ -45,15 +45,15 @@ def tiny_tokenizer(tiny_policy):
 @pytest.fixture(scope="session")
 def lab_policy(tmp_path_factory) -> Path:
     """A lab policy after a few seconds of pretraining: one completion in twenty is right, enough for a reward."""
-    from open_r1_capo.lab.policy import base_policy
-    from open_r1_capo.lab.pretrain import LabSettings
+    from open_r1_capo.tasks.lab.policy import base_policy
+    from open_r1_capo.tasks.lab.pretrain import LabSettings
 
     return base_policy(cache_dir=tmp_path_factory.mktemp("cache"), settings=LabSettings(steps=120, batch_size=32))
 
 
 @pytest.fixture
 def build(tiny_policy, tiny_tokenizer, tmp_path):
-    """Build a trainer on the random policy: `build(capo, **changes)`, see `training.build`."""
-    import training
+    """Build a trainer on the random policy: `build(capo, **changes)`, see `tiny_trainer.build`."""
+    import tiny_trainer
 
-    return lambda *args, **kwargs: training.build(tiny_policy, tiny_tokenizer, tmp_path, *args, **kwargs)
+    return lambda *args, **kwargs: tiny_trainer.build(tiny_policy, tiny_tokenizer, tmp_path, *args, **kwargs)

@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from open_r1_capo.plan.shapes import ModelShape
+from open_r1_capo.capacity.shapes import ModelShape
 
 TINY = ModelShape("tiny", layers=2, hidden=64, intermediate=160, heads=4, kv_heads=2, head_dim=16, vocabulary=96)
 SCALE_7B = "scale=qwen2.5-math-7b"

@@ -16,8 +16,9 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from open_r1_capo import checkpoint, grpo
-from open_r1_capo.checkpoint import damage, newest_complete, seal
+from open_r1_capo import grpo
+from open_r1_capo.training import checkpoint
+from open_r1_capo.training.checkpoint import damage, newest_complete, seal
 
 FAST = [
     "max_steps=6", "save_steps=2", "completions_per_step=32", "num_generations=4", "max_completion_length=16",
@@ -243,7 +244,7 @@ def test_overwriting(finished, tmp_path, lab_policy):
 
 
 def test_two_processes_cannot_share_a_folder(finished, tmp_path, lab_policy):
-    from open_r1_capo.run_folder import RunFolder, RunFolderError
+    from open_r1_capo.runs.folder import RunFolder, RunFolderError
 
     folder = tmp_path / "seed0"
     shutil.copytree(finished[0], folder)

@@ -123,7 +123,7 @@ def commands():
 @pytest.mark.parametrize(("path", "line"), list(commands()), ids=lambda x: getattr(x, "name", x))
 def test_documented_commands_exist(path, line):
     """Its make verb, recipe, scale and files exist, and its settings are accepted."""
-    from open_r1_capo.recipes import RECIPES, compose_recipe, known_recipes
+    from open_r1_capo.settings.recipes import RECIPES, compose_recipe, known_recipes
 
     words = line.split()
     variables = dict(word.split("=", 1) for word in words if re.match(r"[A-Z]+=", word))

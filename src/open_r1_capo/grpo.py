@@ -28,22 +28,22 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig
 
-from open_r1_capo.callbacks import RunCallback
-from open_r1_capo.checkpoint import CheckpointError, check_processes, newest_complete
-from open_r1_capo.configs import ConfigError, RunConfig, build, world_size
-from open_r1_capo.data import SYSTEM_PROMPT, DataError, load_problems, to_prompts
-from open_r1_capo.generation.adapter import attach
-from open_r1_capo.generation.backend import GenerationError
-from open_r1_capo.generation.choice import backend_for
-from open_r1_capo.lab.policy import LabError, base_policy, held_out_accuracy, suite_accuracy
-from open_r1_capo.lab.task import problems as lab_problems
-from open_r1_capo.preemption import PREEMPTED, Preempted, Preemption
-from open_r1_capo.recipes import compose_recipe, known_recipes
 from open_r1_capo.report import summarise, summary_lines, write_report
-from open_r1_capo.rewards import get_reward_funcs
-from open_r1_capo.run_folder import RunFolder, RunFolderError, write_atomically
-from open_r1_capo.token_records import TokenRecords
-from open_r1_capo.trainer import CAPOTrainer
+from open_r1_capo.runs.folder import RunFolder, RunFolderError, write_atomically
+from open_r1_capo.settings.recipes import compose_recipe, known_recipes
+from open_r1_capo.settings.run import ConfigError, RunConfig, build, world_size
+from open_r1_capo.tasks.data import SYSTEM_PROMPT, DataError, load_problems, to_prompts
+from open_r1_capo.tasks.lab.policy import LabError, base_policy, held_out_accuracy, suite_accuracy
+from open_r1_capo.tasks.lab.task import problems as lab_problems
+from open_r1_capo.tasks.rewards import get_reward_funcs
+from open_r1_capo.training.callbacks import RunCallback
+from open_r1_capo.training.checkpoint import CheckpointError, check_processes, newest_complete
+from open_r1_capo.training.generation.adapter import attach
+from open_r1_capo.training.generation.backend import GenerationError
+from open_r1_capo.training.generation.choice import backend_for
+from open_r1_capo.training.preemption import PREEMPTED, Preempted, Preemption
+from open_r1_capo.training.token_records import TokenRecords
+from open_r1_capo.training.trainer import CAPOTrainer
 
 USER_ERRORS = (ConfigError, DataError, RunFolderError, CheckpointError, LabError, GenerationError)
 Accuracy = Callable[[], dict[str, float]]

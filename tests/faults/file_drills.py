@@ -15,8 +15,8 @@ import torch
 from processes import descendants, folder_of, goes_on, lines, train, until
 from safetensors.torch import load_file
 
-from open_r1_capo.checkpoint import newest_complete
-from open_r1_capo.run_folder import RunFolder
+from open_r1_capo.runs.folder import RunFolder
+from open_r1_capo.training.checkpoint import newest_complete
 from test_grpo import command, finished, metrics  # noqa: F401, `finished` is a fixture
 
 # --- the disk --------------------------------------------------------------------------------------------------------

@@ -28,11 +28,11 @@ from processes import (
     train,
     until,
 )
-
-from open_r1_capo.checkpoint import damage, newest_complete
-from open_r1_capo.generation.choice import VLLM_PYTHON
-from test_grpo import command, finished, metrics, same_run
 from test_preemption import signalled, test_a_stopped_run_resumes_bit_for_bit  # SIGTERM and SIGUSR1 in mid-step
+
+from open_r1_capo.training.checkpoint import damage, newest_complete
+from open_r1_capo.training.generation.choice import VLLM_PYTHON
+from test_grpo import command, finished, metrics, same_run
 
 __all__ = ["finished", "signalled", "test_a_stopped_run_resumes_bit_for_bit"]
 
@@ -182,7 +182,7 @@ def test_the_real_server_is_killed_for_good(tmp_path, lab_policy, repetition):
     if repetition:
         pytest.skip("once is enough")
     folder, port = folder_of(tmp_path), free_port()
-    serve = [sys.executable, "-m", "open_r1_capo.generation.serve", "--model", str(lab_policy), "--port", str(port)]
+    serve = [sys.executable, "-m", "open_r1_capo.cluster.serve", "--model", str(lab_policy), "--port", str(port)]
     arguments = [*SERVED, f"vllm_server_base_url=http://127.0.0.1:{port}", f"vllm_server_timeout={PATIENCE}"]
     for end in (2, 0):
         server = Process(serve, tmp_path / "server.log")

@@ -17,7 +17,7 @@ from pathlib import Path
 from accelerate.state import AcceleratorState, PartialState
 
 from open_r1_capo import grpo
-from open_r1_capo.run_folder import RunFolder
+from open_r1_capo.runs.folder import RunFolder
 from test_grpo import same_run
 
 HERE = Path(__file__).resolve().parent
@@ -179,7 +179,7 @@ def inflict(injury):
 
 def nan_gradients(steps):
     """Make one number of the gradient NaN in the backward pass of some steps, counted from 1."""
-    from open_r1_capo.trainer import CAPOTrainer
+    from open_r1_capo.training.trainer import CAPOTrainer
 
     whole = CAPOTrainer.training_step
 
@@ -198,7 +198,7 @@ class Ranks:
     def __init__(self, arguments, log, anew):
         self.log, port = Path(log), str(free_port())
         if anew:
-            node = [sys.executable, "-m", "open_r1_capo.node", "--multi_gpu", "--num_machines", "1"]
+            node = [sys.executable, "-m", "open_r1_capo.cluster.node", "--multi_gpu", "--num_machines", "1"]
             node += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
             node += ["--main_process_port", port, grpo.__file__]
             self.processes = [Process([*node, *arguments], log)]

@@ -170,7 +170,7 @@ def test_a_sweep_of_three_seeds(slurm, checkout, run, lab_policy):
     del common["learning_rate"]
     (checkout / "recipes" / "experiments" / "common.yaml").write_text(yaml.safe_dump({"lab": common}))
     launcher = ["--launcher", "submitit_slurm", "hydra.launcher.timeout_min=30", "hydra.launcher.cpus_per_task=1"]
-    command = [".venv/bin/python", "-m", "open_r1_capo.sweep", "three", "--scale", "lab", *launcher]
+    command = [".venv/bin/python", "-m", "open_r1_capo.experiments.sweep", "three", "--scale", "lab", *launcher]
     told = run(*command)
     assert "3 of 3 runs done" in told
     found = sorted(path.parent for path in (checkout / "outputs" / "experiments").glob("grpo*/lab/seed*/summary.json"))

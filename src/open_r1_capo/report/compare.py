@@ -15,7 +15,7 @@ from open_r1_capo.report.page import METRICS_LIMIT, fit_metrics, notes_html, ren
 from open_r1_capo.report.panels import AXES, RUN_COLOURS, compare_panels, metric_columns, test_columns
 from open_r1_capo.report.run import ReportError, label, read_settings, unfinished
 from open_r1_capo.report.summary import finite, summarise
-from open_r1_capo.run_folder import RunFolder, write_atomically
+from open_r1_capo.runs.folder import RunFolder, write_atomically
 
 NOT_COMPARED = ("output_root", "environment.processor", "environment.python")  # where, not what
 

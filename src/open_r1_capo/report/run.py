@@ -16,7 +16,7 @@ from open_r1_capo.report.page import LIMIT, embed, fit_metrics, notes_html, rend
 from open_r1_capo.report.panels import AXES, RUN_COLOURS, metric_columns, run_panels, test_columns
 from open_r1_capo.report.records import fit, read_records
 from open_r1_capo.report.summary import summarise
-from open_r1_capo.run_folder import RunFolder, write_atomically
+from open_r1_capo.runs.folder import RunFolder, write_atomically
 
 
 class ReportError(ValueError):

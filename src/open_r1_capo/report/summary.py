@@ -6,7 +6,7 @@ import math
 import statistics
 from typing import Any
 
-from open_r1_capo.run_folder import RunFolder
+from open_r1_capo.runs.folder import RunFolder
 
 WINDOW = 10  # steps of a reward window
 

@@ -1,0 +1,1 @@
+"""Slurm jobs and vLLM servers."""

@@ -1,0 +1,173 @@
+"""The batch process of a Slurm job: starts its srun steps, passes signals on to the trainer and requeues the job."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from open_r1_capo.training.preemption import PREEMPTED, SIGNALS
+
+LOGS = Path("outputs/slurm")
+LOG_LINES = 15  # of a server that has ended
+REPEAT = 30.0  # seconds until an unheeded signal is sent once more
+GRACE = 120.0  # seconds in which a trainer whose server has gone may end by itself
+
+
+@dataclass(frozen=True)
+class Step:
+    """One srun of a job.
+
+    Attributes:
+        name: `trainer`, `server`, or `server2` and on for the other nodes of a server.
+        nodes: it runs on, one task each.
+        gpus: on each node; 0 for the CPU.
+        cpus: on each node; None leaves them to Slurm.
+        command: what each task runs.
+        environment: what it needs beside the job's.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    gpus: int
+    cpus: int | None
+    command: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def srun(self) -> list[str]:
+        """The command that starts it."""
+        # a task that ends takes the others with it after two minutes (--wait), not at once: ranks that stop at a
+        # checkpoint end one after the other, all with the exit code that says so; --mem=0 lets steps share the memory
+        count = len(self.nodes)
+        words = ["srun", f"--job-name={self.name}", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1"]
+        words += [f"--nodelist={','.join(self.nodes)}", "--exact", "--mem=0", "--kill-on-bad-exit=0", "--wait=120"]
+        words += [f"--gres=gpu:{self.gpus}"] if self.gpus else []
+        words += [f"--cpus-per-task={self.cpus}"] if self.cpus else []
+        return [*words, *self.command]
+
+    def line(self) -> str:
+        """The command as a shell reads it."""
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*settings, shlex.join(self.srun())])
+
+
+def run_job(steps: Sequence[Step], job: int) -> int:
+    """Run a job's steps until the trainer ends, or without one until a server does.
+
+    Args:
+        steps: servers and at most one trainer.
+        job: Slurm's number of it.
+
+    Returns:
+        The exit code of the trainer; 1 if a server ended before it.
+    """
+    asked: list[int] = []
+    for number in SIGNALS:
+        signal.signal(number, lambda sign, frame: asked.append(sign))
+    servers = [step for step in steps if step.name != "trainer"]
+    running = {step.name: start(step, job if step in servers else None) for step in steps}
+    try:
+        code = _wait(running, asked, job) if len(servers) < len(steps) else _serve(running, asked)
+    finally:
+        for process in running.values():
+            if process.poll() is None:
+                process.terminate()  # to srun: end all of its tasks
+        for process in running.values():
+            process.wait()
+    return requeue(job, code) if code == PREEMPTED else code
+
+
+def start(step: Step, job: int | None) -> subprocess.Popen:
+    """Start a step.
+
+    Args:
+        step: to start.
+        job: puts its output into a log of its own; None leaves it in the job's.
+
+    Returns:
+        The running srun.
+    """
+    print(step.line(), flush=True)
+    log = None
+    if job is not None:
+        LOGS.mkdir(parents=True, exist_ok=True)
+        log = log_of(step.name, job).open("a")
+        print(f"  its log: {log.name}", flush=True)
+    return subprocess.Popen(step.srun(), stdout=log, stderr=log, env={**os.environ, **step.environment})
+
+
+def log_of(name: str, job: int) -> Path:
+    """Where a server's output goes."""
+    return LOGS / f"{name}-{job}.log"
+
+
+def _wait(running: Mapping[str, subprocess.Popen], asked: list[int], job: int) -> int:
+    """Wait for the trainer, and pass on every signal until it is heeded."""
+    trainer = running["trainer"]
+    sent, gone = 0.0, None
+    while trainer.poll() is None:
+        now = time.monotonic()
+        if asked and now - sent > REPEAT:
+            # SIGUSR1 whatever came: srun passes it on, but takes SIGTERM as the order to kill its tasks at once
+            trainer.send_signal(signal.SIGUSR1)
+            sent = now
+        ended = [name for name, process in running.items() if process is not trainer and process.poll() is not None]
+        if ended and gone is None:
+            gone = now
+            _tell_end(ended[0], running[ended[0]].returncode, job)
+        if gone is not None and now - gone > GRACE:
+            break
+        time.sleep(0.2)
+    code = trainer.poll()
+    if code is None or (gone is not None and code not in (0, PREEMPTED)):
+        return 1
+    return code if code >= 0 else 128 - code
+
+
+def _serve(running: Mapping[str, subprocess.Popen], asked: list[int]) -> int:
+    """Wait until a server ends or is told to."""
+    while not asked:
+        for process in running.values():
+            if process.poll() is not None:
+                return 1
+        time.sleep(0.2)
+    return 0
+
+
+def _tell_end(name: str, code: int, job: int) -> None:
+    path = log_of(name, job)
+    with path.open(errors="replace") as file:
+        last = "".join(deque(file, LOG_LINES))
+    print(
+        f"error: the {name} has ended with code {code}; the last lines of {path}:\n{last}", file=sys.stderr, flush=True
+    )
+
+
+def requeue(job: int, code: int) -> int:
+    """Put a job that was stopped at a checkpoint back into the queue, unless somebody cancels it.
+
+    Args:
+        job: Slurm's number.
+        code: of the trainer.
+
+    Returns:
+        `code`; Slurm ends this process when the job is requeued.
+    """
+    state = subprocess.run(["squeue", "-h", "-j", str(job), "-o", "%T"], capture_output=True, text=True).stdout.split()
+    if state != ["RUNNING"]:
+        print(f"job {job} is {' '.join(state).lower() or 'gone'}: not requeued, submit it again", file=sys.stderr)
+        return code
+    done = subprocess.run(["scontrol", "requeue", str(job)], capture_output=True, text=True)
+    if done.returncode:
+        reason = " ".join(done.stderr.split())
+        print(f"job {job} cannot be requeued ({reason}): submit it again, it goes on", file=sys.stderr)
+    else:
+        print(f"job {job} is requeued and will go on", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,1 @@
+"""Eight benchmarks by lighteval and their mean, TEST."""

@@ -1,0 +1,264 @@
+"""Runs lighteval in its own environment, against a vLLM server or on transformers, and reads what it wrote."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from open_r1_capo.evaluation.model import Model
+from open_r1_capo.evaluation.server import (
+    EvalError,
+    die_with_parent,
+    failure,
+    free_port,
+    gpu_memory,
+    serve,
+    tail,
+    vllm_command,
+    vllm_environment,
+)
+from open_r1_capo.evaluation.suite import Benchmark
+
+ROOT = Path(__file__).resolve().parents[3]
+HERE = ROOT / "eval"
+FAILED = "API call failed after"  # lighteval then goes on with an empty answer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    Attributes:
+        temperature: Divides the logits; 0 is greedy.
+        top_p: Share of the probability that is sampled from.
+        max_tokens: Longest answer, in tokens.
+        seed: Of the evaluation; every request has its own, made of this one and the prompt.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_tokens: int = 3072
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of lighteval.
+
+    Attributes:
+        model: The model.
+        sampling: How answers are drawn.
+        system_prompt: What the system turn says; "" for none.
+        folder: Where requests are cached and lighteval writes; one folder for each model and way of sampling.
+        data: Folder with <benchmark>/test.jsonl.
+        limit: Number of problems a set, or None for all.
+        samples: Answers a problem, or None for each benchmark's own number.
+        python: Interpreter of lighteval's environment.
+    """
+
+    model: Model
+    sampling: Sampling
+    system_prompt: str
+    folder: Path
+    data: Path
+    limit: int | None
+    samples: int | None
+    python: str
+
+
+def model_yaml(job: Job, port: int | None) -> str:
+    """Write lighteval's model configuration; JSON is YAML.
+
+    Args:
+        job: The call.
+        port: Port of the vLLM server, or None for transformers.
+
+    Returns:
+        The text of the file.
+    """
+    generation = {"temperature": job.sampling.temperature, "top_p": job.sampling.top_p}
+    generation |= {"max_new_tokens": job.sampling.max_tokens}  # no seed here: see lighteval_offline.py
+    # lighteval's own cache of samples does not notice changed data; that of requests (lighteval_offline.py) does
+    common = {"system_prompt": job.system_prompt or None, "cache_dir": str(job.folder / "lighteval-cache")}
+    if port is None:
+        parameters = {"model_name": str(job.folder / "model"), "max_length": job.model.context, "dtype": "auto"}
+        parameters |= {"batch_size": 16, "device": "cuda" if gpu_memory() else "cpu"}
+        generation["top_k"] = 0  # transformers' own default is 50
+    else:
+        parameters = {"model_name": "openai/policy", "provider": "openai", "base_url": f"http://127.0.0.1:{port}/v1"}
+        parameters |= {"api_key": "none", "max_model_length": job.model.context or 32768, "api_max_retry": 3}
+        parameters |= {"concurrent_requests": 256 if gpu_memory() else 32}
+    return json.dumps({"model_parameters": parameters | common | {"generation_parameters": generation}}, indent=1)
+
+
+def sampling_view(model: Model, folder: Path) -> None:
+    """Link a model's files into a folder, with a generation configuration that samples from everything.
+
+    lighteval's transformers backend samples only if the model's own configuration says `do_sample`, and would keep its
+    top-k and penalties.
+
+    Args:
+        model: The model.
+        folder: Where to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in model.folder.iterdir():
+        link = folder / file.name
+        if file.is_file() and file.name != "generation_config.json" and not link.exists():
+            link.symlink_to(file)
+    source = model.folder / "generation_config.json"
+    own = json.loads(source.read_text()) if source.exists() else {}
+    kept = {key: value for key, value in own.items() if key.endswith("token_id")}
+    (folder / "generation_config.json").write_text(json.dumps(kept | {"do_sample": True, "top_k": 0}))
+
+
+def environment(job: Job) -> Mapping[str, str]:
+    """Make lighteval's environment: no network beyond this machine, no file outside the job's folder.
+
+    Args:
+        job: The call.
+
+    Returns:
+        This process's environment and the variables.
+    """
+    ours = {
+        "CAPO_EVAL_PYTHON": sys.executable,
+        "CAPO_EVAL_DATA": str(job.data),
+        "CAPO_EVAL_SAMPLES": str(job.samples or 0),
+    }
+    ours |= {"CAPO_EVAL_SEED": str(job.sampling.seed), "HF_DATASETS_CACHE": str(job.folder / "datasets-cache")}
+    ours |= {"HF_HUB_OFFLINE": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "NO_PROXY": "127.0.0.1"}
+    return os.environ | ours
+
+
+def _watch(process: subprocess.Popen, server: subprocess.Popen | None, folder: Path) -> int:
+    """Wait for lighteval, but not if its server is gone: it would try every request again and again."""
+    while process.poll() is None:
+        if server and server.poll() is not None:
+            raise failure(folder / "server.log", f"stopped with exit code {server.returncode} in the evaluation")
+        time.sleep(0.5)
+    return process.returncode
+
+
+def call_lighteval(
+    job: Job, benchmarks: Sequence[Benchmark], port: int | None, server: subprocess.Popen | None = None
+) -> None:
+    """Run lighteval once.
+
+    Args:
+        job: The call.
+        benchmarks: The test sets.
+        port: Port of the vLLM server, or None for transformers.
+        server: The server's process.
+
+    Raises:
+        EvalError: If it fails, or if answers are missing.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    config, log = job.folder / "model.yaml", job.folder / f"lighteval-{benchmarks[0].name}.log"
+    config.write_text(model_yaml(job, port))
+    command = [job.python, str(HERE / "lighteval_offline.py")]
+    command += ["accelerate"] if port is None else ["endpoint", "litellm"]
+    command += [str(config), ",".join(f"{benchmark.task}|0" for benchmark in benchmarks)]
+    command += ["--custom-tasks", str(HERE / "tasks.py"), "--output-dir", str(job.folder / "out"), "--save-details"]
+    command += ["--max-samples", str(job.limit)] if job.limit else []
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=job.folder,
+            env=environment(job),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+    try:
+        code = _watch(process, server, job.folder)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if code:
+        raise EvalError(f"lighteval failed with exit code {code}; the end of {log}:\n{tail(log)}")
+    if FAILED in log.read_text(errors="replace"):
+        raise EvalError(f"the model server did not answer some requests; see {log} (another call resumes)")
+
+
+def read_details(job: Job, benchmark: Benchmark) -> list[dict]:
+    """Read the problems, answers and scores of lighteval's newest details.
+
+    Args:
+        job: The call.
+        benchmark: The test set.
+
+    Returns:
+        `id`, `accuracy` and `answers` of each problem.
+
+    Raises:
+        EvalError: If there are none.
+    """
+    import pyarrow.parquet
+
+    details = (job.folder / "out" / "details").rglob("*.parquet")
+    found = [file for file in details if f"_{benchmark.task}|" in file.name]
+    if not found:
+        raise EvalError(f"lighteval wrote no details of {benchmark.name}; see the logs in {job.folder}")
+    rows = pyarrow.parquet.read_table(max(found, key=lambda file: file.stat().st_mtime)).to_pylist()
+    problems = []
+    for row in rows:
+        share = row["metric"]["accuracy"]
+        answers = list(row["model_response"]["text"])
+        accuracy = None if share is None or share != share else float(share)  # NaN: no parsable gold answer
+        problems.append({"id": row["doc"]["specific"]["id"], "accuracy": accuracy, "answers": answers})
+    return problems
+
+
+def by_samples(job: Job, benchmarks: Sequence[Benchmark]) -> list[list[Benchmark]]:
+    """Group test sets by their number of answers: in one call, lighteval asks for as many as the first problem needs.
+
+    Args:
+        job: The call.
+        benchmarks: The test sets.
+
+    Returns:
+        The groups.
+    """
+    groups: dict[int, list[Benchmark]] = {}
+    for benchmark in benchmarks:
+        groups.setdefault(job.samples or benchmark.samples, []).append(benchmark)
+    return list(groups.values())
+
+
+def run_vllm(job: Job, benchmarks: Sequence[Benchmark], python: str) -> None:
+    """Evaluate through a vLLM server of our own.
+
+    Args:
+        job: The call.
+        benchmarks: The test sets.
+        python: Interpreter of the environment that has vLLM.
+    """
+    memory, port = gpu_memory(), free_port()
+    command = vllm_command(python, job.model.folder, port, memory, max_length=None)
+    log = job.folder / "server.log"
+    with serve(command, f"http://127.0.0.1:{port}/health", log, vllm_environment(on_cpu=not memory)) as server:
+        for group in by_samples(job, benchmarks):
+            call_lighteval(job, group, port, server)
+
+
+def run_transformers(job: Job, benchmarks: Sequence[Benchmark]) -> None:
+    """Evaluate on transformers, in lighteval's own process.
+
+    Args:
+        job: The call.
+        benchmarks: The test sets.
+    """
+    sampling_view(job.model, job.folder / "model")
+    call_lighteval(job, benchmarks, port=None)

@@ -1,0 +1,263 @@
+"""The same next step under another rule: what would masking have done at each checkpoint of a run?
+
+Resuming is exact, so every arm that starts from a checkpoint sees the completions that the run saw next. Each arm
+takes that one step; what differs afterwards is the rule's doing. Runs of the lab only: they can be measured at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from transformers import TrainerCallback
+
+from open_r1_capo import grpo
+from open_r1_capo.capo import TokenBatch, TokenSelection
+from open_r1_capo.capo.last_layer import RowGradient, merge, row_gradient
+from open_r1_capo.capo.rules import gradient_norm
+from open_r1_capo.capo.steps import SCRATCH_BYTES
+from open_r1_capo.runs.folder import RunFolder
+from open_r1_capo.settings.recipes import compose_recipe
+from open_r1_capo.settings.run import ConfigError, DataConfig, build
+from open_r1_capo.tasks.lab.policy import base_policy, held_out_accuracy
+from open_r1_capo.tasks.lab.task import problems as lab_problems
+from open_r1_capo.tasks.rewards import get_reward_funcs
+from open_r1_capo.training.checkpoint import damage
+from open_r1_capo.training.trainer import CAPOTrainer
+from open_r1_capo.training.update import Part
+
+# the recipe whose rule an arm takes, after what its base method is called; the run's own for none
+ARMS = {"none": None, "mask": "{}capo_aggressive", "random": "{}capo_aggressive", "scale": "{}capo_scale_aggressive"}
+RULE = ("mode", "max_policy_shift", "max_objective_shift", "min_objective_shift", "denominator")  # an arm's own
+STEP = ("measured_kl", "measured_kl_head", "measured_objective", "rejected_frac", "mean_weight")
+
+
+def shuffled(selection: TokenSelection, moving: Tensor, generator: torch.Generator) -> TokenSelection:
+    """The same weights on other tokens: a random set of the same size is rejected.
+
+    Args:
+        selection: of N tokens.
+        moving: (N,) bool, the tokens with a gradient (A ≠ 0), among which the weights change places.
+        generator: of the permutation, on the CPU.
+
+    Returns:
+        The selection, its reasons left where they were.
+    """
+    index = moving.nonzero()[:, 0]
+    weight = selection.weight.clone()
+    weight[index] = selection.weight[index[torch.randperm(len(index), generator=generator).to(index.device)]]
+    return replace(selection, weight=weight)
+
+
+def gradient_split(batches: Sequence[TokenBatch], chosen: Sequence[Tensor]) -> dict[str, float | None]:
+    """What the last-layer gradients of some tokens add up to, beside those of the others.
+
+    Args:
+        batches: micro-batches of N tokens.
+        chosen: (N,) bool of each.
+
+    Returns:
+        `tokens`, their number; `norm` and `other_norm`, of the sum Σ A v ⊗ x (Eq. 7) over them and over the others;
+        `cosine` of the two; `coherence`, the sum's norm over the sum of the norms (1: they all point the same way).
+        None where a norm is 0.
+    """
+    mine, others = (
+        merge([row_gradient(b, rows.to(b.dtype), SCRATCH_BYTES) for b, rows in zip(batches, sets, strict=True)])
+        for sets in (chosen, [~rows for rows in chosen])
+    )
+    norm, other = float(mine.total.norm()), float(others.total.norm())
+    alone = sum(float(gradient_norm(b.select(rows)).sum()) for b, rows in zip(batches, chosen, strict=True))
+    return {
+        "tokens": float(sum(int(rows.sum()) for rows in chosen)),
+        "norm": norm,
+        "other_norm": other,
+        "cosine": _dot(mine, others) / (norm * other) if norm * other > 0 else None,
+        "coherence": norm / alone if alone > 0 else None,
+    }
+
+
+def _dot(a: RowGradient, b: RowGradient) -> float:
+    """The inner product of two sums of rows; only rows that both hold count."""
+    shared = torch.isin(a.token_ids, b.token_ids)
+    place = torch.searchsorted(b.token_ids, a.token_ids[shared])
+    return float((a.total[shared] * b.total[place]).sum())
+
+
+class _OneStep(CAPOTrainer):
+    """Keeps the update's micro-batches, and stops after one."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.parts: list[Part] = []
+        self.add_callback(_Stop())
+
+    def after_step(self) -> None:
+        """Keep the micro-batches before they are forgotten."""
+        self.parts = list(self._parts)
+        super().after_step()
+
+
+class _RandomStep(_OneStep):
+    """Rejects as many tokens as its rule does, but random ones."""
+
+    def choose(self, tokens: TokenBatch, log_mass: Tensor, shifts: tuple[Tensor, Tensor]) -> TokenSelection:
+        """Judge the tokens, and let the weights change places."""
+        return shuffled(super().choose(tokens, log_mass, shifts), tokens.advantages != 0, self.generator())
+
+
+class _Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+class Counterfactual:
+    """One run of the lab, and the steps that it might have taken.
+
+    Args:
+        run: its folder, with checkpoints.
+        problems: how many of its training problems the reward of a step is measured on.
+        samples: completions a problem.
+
+    Raises:
+        ConfigError: the folder holds no run of the lab whose steps can be taken again.
+    """
+
+    def __init__(self, run: Path, problems: int = 200, samples: int = 2):
+        self.folder = RunFolder(run)
+        if not self.folder.config.is_file():
+            raise ConfigError(f"{run} holds no config.yaml of a run: give a run's folder")
+        self.settings = OmegaConf.to_container(OmegaConf.load(self.folder.config))
+        self.settings.pop("environment", None)
+        data, capo = (self.settings.get(group) or {} for group in ("data", "capo"))
+        if data.get("name") != "lab" or capo.get("mode") != "observe":
+            raise ConfigError(f"{run} is not a run of the lab with capo.mode=observe, such as grpo_aggressive")
+        self.last = self.settings["max_steps"]
+        self.model: str | None = None
+        self._scratch = tempfile.TemporaryDirectory(prefix="counterfactual-")
+        variant = data.get("variant", DataConfig.variant)
+        self.problems = lab_problems("train", problems, seed=self.settings["seed"], variant=variant)
+        self.samples = samples
+
+    def checkpoints(self) -> list[Path]:
+        """The complete checkpoints that are followed by a step, in their order.
+
+        Returns:
+            Their folders.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        found = sorted(self.folder.checkpoints.glob("checkpoint-*"), key=step_of)
+        found = [path for path in found if step_of(path) < self.last and damage(path) is None]
+        if not found:
+            raise ConfigError(f"{self.folder.path} has no complete checkpoint: train it with save_steps=5")
+        return found
+
+    def at(self, checkpoint: Path) -> dict[str, Any]:
+        """Every arm's step from one checkpoint.
+
+        Args:
+            checkpoint: of `checkpoints`.
+
+        Returns:
+            `step`, `before` (the checkpoint's own reward, on the same problems with the same random numbers),
+            `arms` (each what it measured, and its reward after), `gradient` (of the mask's rejected tokens and of a
+            random set of the same size, see `gradient_split`), and `agrees`: whether the run itself logged the same
+            KL, to the last bit, for the step that the arm `none` took again.
+
+        Raises:
+            ConfigError: the arms have not seen the same completions, so they cannot be compared.
+        """
+        before = self._reward(self._trainer("none", model=str(checkpoint)))
+        row: dict[str, Any] = {"step": step_of(checkpoint) + 1, "before": before, "arms": {}, "gradient": {}}
+        batches = set()
+        for arm in ARMS:
+            trainer = self._trainer(arm)
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+            logs = next(entry for entry in reversed(trainer.state.log_history) if "reward" in entry)
+            row["arms"][arm] = {name: logs[f"capo/{name}"] for name in STEP} | self._reward(trainer)
+            batches.add(hashlib.sha256(b"".join(p.input_ids.numpy().tobytes() for p in trainer.parts)).hexdigest())
+            if arm in ("mask", "random"):
+                out = [part.selection.weight == 0 for part in trainer.parts]
+                row["gradient"][arm] = gradient_split([part.tokens for part in trainer.parts], out)
+            if arm == "none":
+                theirs = [r.get("capo/measured_kl") for r in self.folder.read_metrics() if r["step"] == row["step"]]
+                row["agrees"] = theirs == [logs["capo/measured_kl"]]
+        if len(batches) > 1:
+            raise ConfigError(f"the arms from {checkpoint} have not seen the same completions")
+        return row
+
+    def _trainer(self, arm: str, model: str | None = None) -> _OneStep:
+        """A trainer of the run's settings with the arm's rule, that writes nothing which stays."""
+        settings = self.settings | {"save_strategy": "no", "report_to": "none", "token_records": "none"}
+        if ARMS[arm]:
+            family = re.match("dr|rein|", settings["method"])[0]
+            recipe = ARMS[arm].format(family)
+            rule = compose_recipe(recipe, [f"scale={settings['scale']}"])["capo"]
+            settings["capo"] = settings["capo"] | {name: rule[name] for name in RULE if name in rule}
+        config, args = build(settings)
+        args.output_dir = self._scratch.name
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        if self.model is None:
+            made = config.model_name_or_path == "lab"
+            self.model = str(base_policy(settings=config.lab)) if made else config.model_name_or_path
+        tokenizer = grpo.load_tokenizer(self.model)
+        dataset, rewards = grpo.load_dataset(config, tokenizer, args.seed), grpo.known_rewards(config)
+        kind = _RandomStep if arm == "random" else _OneStep
+        return grpo.make_trainer(config, args, rewards, model or self.model, tokenizer, dataset, kind=kind)
+
+    def _reward(self, trainer: CAPOTrainer) -> dict[str, float]:
+        (reward,) = get_reward_funcs(["accuracy"])
+        found = held_out_accuracy(
+            trainer.accelerator.unwrap_model(trainer.model),
+            trainer.processing_class,
+            self.problems,
+            reward,
+            samples=self.samples,
+            temperature=trainer.temperature,
+            max_new_tokens=trainer.max_completion_length,
+        )
+        return {"reward": found["accuracy"], "reward_error": found["standard_error"]}
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step that a checkpoint's folder is named after."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Every arm's means over the checkpoints, and its paired differences to the arm `none`.
+
+    Args:
+        rows: from `Counterfactual.at`.
+
+    Returns:
+        arm → name → `mean`, `error` (standard error), `change` and `change_error` (of the difference to `none`).
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for arm in rows[0]["arms"]:
+        found[arm] = {}
+        for name in (*STEP, "reward"):
+            values = [row["arms"][arm][name] for row in rows]
+            change = [row["arms"][arm][name] - row["arms"]["none"][name] for row in rows]
+            (mean, error), (shift, shift_error) = _mean(values), _mean(change)
+            found[arm][name] = {"mean": mean, "error": error, "change": shift, "change_error": shift_error}
+    return found
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; the error of one value is unknown, which is written 0."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, 0.0
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))

@@ -1,0 +1,1 @@
+"""Figures and tables, from what the runs of an experiment have written."""

@@ -1,0 +1,260 @@
+"""What are the rejected tokens, what do their gradients add up to, and what does masking do: `make mechanism`.
+
+Two parts, each optional. RECORDS="<run folder> …" describes rejected, kept and random tokens from the token records of
+runs with token_records=all. RUN=<run folder> takes the next step from every checkpoint of a run once more under other
+rules (`open_r1_capo.experiments.counterfactual`); train it with `make train RECIPE=grpo_aggressive ARGS=save_steps=5`.
+
+Writes OUT/mechanism.json and OUT/mechanism.md. Exit codes: 0 done; 2 the input cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from open_r1_capo.experiments.counterfactual import STEP, Counterfactual, summary
+from open_r1_capo.grpo import USER_ERRORS, quiet
+from open_r1_capo.runs.folder import REQUIRED, read_record
+
+Token = dict[str, Any]
+NEEDED = (*REQUIRED, "prob", "entropy", "gradient_norm")  # columns of a record
+GROUPS = ("rejected", "kept", "random")
+NAMES = {
+    "share": "share of tokens",
+    "prob": "probability, median",
+    "unlikely": "share with probability < 0.1",
+    "entropy": "entropy, mean (nats)",
+    "positive": "share with A > 0",
+    "word": "share that are words (of letters alone)",
+    "position": "position in the completion, 0 to 1",
+    "kl_share": "share of the step's KL",
+    "gradient_share": "share of the summed gradient norms",
+}
+
+
+class RecordError(ValueError):
+    """Token records that cannot be used; the message is one sentence for the user."""
+
+
+def tokens_of(record: dict[str, Any], bounds: tuple[float, float] | None = None) -> list[Token]:
+    """The tokens of a record that have a gradient, one dictionary each.
+
+    Args:
+        record: one step's token record.
+        bounds: δ_F and δ_H that reject a token here; None takes the rejections that took place.
+
+    Returns:
+        Tokens with prob, entropy, kl, gradient_norm, advantage, word, position in [0, 1] and rejected.
+    """
+    found = []
+    for completion in record["completions"]:
+        if not completion["advantage"]:
+            continue
+        count = len(completion["tokens"])
+        for i in range(count):
+            token = {name: completion[name][i] for name in ("prob", "entropy", "gradient_norm")}
+            shifts = (completion["policy_shift"][i], completion["objective_shift"][i])
+            token |= {
+                "kl": completion["kl"][i] if completion.get("kl") else None,
+                "advantage": completion["advantage"],
+                "word": completion["tokens"][i].strip().isalpha(),
+                "position": i / max(1, count - 1),
+                "rejected": over(shifts, bounds) if bounds else completion["weight"][i] == 0,
+            }
+            found.append(token)
+    return found
+
+
+def over(shifts: tuple[float | None, float | None], bounds: tuple[float, float]) -> bool:
+    """Whether Eq. 11 with the bounds δ_F and δ_H rejects a token with the shifts m_F and m_H; None is not finite."""
+    if None in shifts:
+        return True
+    return shifts[0] > bounds[0] or abs(shifts[1]) >= bounds[1]
+
+
+def describe(steps: Iterable[Sequence[Token]], seed: int = 0) -> dict[str, dict[str, float | None]]:
+    """Rejected, kept and, of each step, as many random tokens as were rejected.
+
+    Args:
+        steps: the tokens of each step, from `tokens_of`.
+        seed: of the random sets.
+
+    Returns:
+        group → name of `NAMES` → value over all steps (None where nothing was measured), and `tokens`, their number.
+    """
+    rng = random.Random(seed)
+    groups: dict[str, list[Token]] = {name: [] for name in GROUPS}
+    everything = []
+    for tokens in steps:
+        rejected = [token for token in tokens if token["rejected"]]
+        groups["rejected"] += rejected
+        groups["kept"] += [token for token in tokens if not token["rejected"]]
+        groups["random"] += rng.sample(list(tokens), len(rejected))
+        everything += tokens
+    return {name: facts(members, everything) for name, members in groups.items()}
+
+
+def facts(members: Sequence[Token], everything: Sequence[Token]) -> dict[str, float | None]:
+    """One group's numbers.
+
+    Args:
+        members: its tokens.
+        everything: all tokens of the same steps.
+
+    Returns:
+        Name of `NAMES` → value, and `tokens`.
+    """
+    count = len(members)
+    if not count:
+        return {"tokens": 0} | dict.fromkeys(NAMES)
+    # null where a probability was not finite
+    probs, entropies = ([t[name] for t in members if t[name] is not None] for name in ("prob", "entropy"))
+    return {
+        "tokens": count,
+        "share": count / len(everything),
+        "prob": statistics.median(probs) if probs else None,
+        "unlikely": statistics.fmean(prob < 0.1 for prob in probs) if probs else None,
+        "entropy": statistics.fmean(entropies) if entropies else None,
+        "positive": sum(token["advantage"] > 0 for token in members) / count,
+        "word": sum(token["word"] for token in members) / count,
+        "position": statistics.fmean(token["position"] for token in members),
+        "kl_share": _part(members, everything, "kl"),
+        "gradient_share": _part(members, everything, "gradient_norm"),
+    }
+
+
+def _part(members: Sequence[Token], everything: Sequence[Token], name: str) -> float | None:
+    """The members' share of a sum; values that are unknown are left out of both."""
+    mine, whole = (sum(token[name] or 0.0 for token in tokens) for tokens in (members, everything))
+    return mine / whole if whole else None
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """The records of every step of a run.
+
+    Args:
+        run: its folder.
+
+    Returns:
+        Records in the order of their steps.
+
+    Raises:
+        RecordError: there are none, or one cannot be read.
+    """
+    records = []
+    for path in (run / "tokens").glob("step*.json.gz"):
+        try:
+            records.append(read_record(path, NEEDED))
+        except ValueError as error:
+            raise RecordError(f"{path} cannot be read ({error})") from None
+    if not records:
+        raise RecordError(f"{run} has no record of every step: train it with token_records=all")
+    return sorted(records, key=lambda record: record["step"])
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; numbers get three significant digits, None is a dash."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if isinstance(value, int | float) else str(value)
+
+
+def steps_table(found: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The arms of the counterfactual: mean, and ± standard error of the paired difference to `none`."""
+    names = (*STEP, "reward")
+    rows = [
+        [arm, *(f"{v['mean']:.3g} ({v['change']:+.2g} ± {v['change_error']:.1g})" for v in map(values.get, names))]
+        for arm, values in found.items()
+    ]
+    return table(["step taken with", *names], rows)
+
+
+def gradients_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The gradients of rejected and of random tokens, averaged over the checkpoints where any was rejected."""
+    names = ("tokens", "norm", "other_norm", "cosine", "coherence")
+    lines = []
+    for arm, label in (("mask", "rejected"), ("random", "random")):
+        parts = [row["gradient"][arm] for row in rows if row["gradient"][arm]["tokens"]]
+        values = [[part[name] for part in parts if part[name] is not None] for name in names]
+        lines.append([label, *(statistics.fmean(v) if v else None for v in values)])
+    return table(["tokens", "number", "norm of their sum", "norm of the others' sum", "cosine", "coherence"], lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, measure, write.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(prog="make mechanism", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--records", nargs="*", type=Path, default=[], help="run folders with token_records=all")
+    parser.add_argument("--bounds", nargs=2, type=float, help="δ_F and δ_H that reject tokens of runs without a mask")
+    parser.add_argument("--run", type=Path, help="run folder with checkpoints, whose steps are taken again")
+    parser.add_argument("--problems", type=int, default=200, help="training problems that measure a step's reward")
+    parser.add_argument("--samples", type=int, default=2, help="completions a problem")
+    parser.add_argument("--out", type=Path, default=Path("outputs/mechanism"))
+    options = parser.parse_args(argv)
+    quiet()
+    if not options.records and not options.run:
+        parser.error('give RECORDS="<run folder> …", RUN=<run folder> or both')  # exits with 2
+    if min(options.problems, options.samples) < 1:
+        parser.error(f"--problems and --samples are at least 1, got {options.problems} and {options.samples}")
+    try:
+        content, text = measure(options)
+    except (RecordError, *USER_ERRORS) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "mechanism.json").write_text(json.dumps(content, indent=1) + "\n")
+        (options.out / "mechanism.md").write_text(text)
+    except OSError as error:
+        print(f"error: {error.filename or options.out} cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Both parts.
+
+    Args:
+        options: the command line.
+
+    Returns:
+        What is written as JSON and as Markdown.
+    """
+    content, texts = {}, []
+    if options.records:
+        bounds = tuple(options.bounds) if options.bounds else None
+        steps = [tokens_of(record, bounds) for run in options.records for record in read(run)]
+        content["tokens"] = {"runs": [str(run) for run in options.records], "steps": len(steps), **describe(steps)}
+        rows = [[label, *(content["tokens"][group][name] for group in GROUPS)] for name, label in NAMES.items()]
+        texts.append(table(["", *GROUPS], rows))
+    if options.run:
+        taken = Counterfactual(options.run, options.problems, options.samples)
+        rows = []
+        for checkpoint in taken.checkpoints():
+            rows.append(taken.at(checkpoint))
+            print(f"step {rows[-1]['step']}: {'as' if rows[-1]['agrees'] else 'NOT as'} the run", file=sys.stderr)
+        content["steps"] = {"run": str(options.run), "arms": summary(rows), "checkpoints": rows}
+        texts += [steps_table(content["steps"]["arms"]), gradients_table(rows)]
+    return content, "\n".join(texts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Experiments: the runs that a figure or a table of the paper needs, and where they are.
+
+A file `recipes/experiments/<name>.yaml` lists arms (a recipe and what is changed in it) and seeds. An arm's runs stand
+in `outputs/experiments/<recipe>[,<key>=<value>…]/<scale>/seed<seed>`: the folder says what the run is, so experiments
+that share an arm share its runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+EXPERIMENTS = Path(__file__).resolve().parents[3] / "recipes" / "experiments"
+SCALES = EXPERIMENTS.parent / "scale"
+COMMON = "common"  # the file of settings that every run of a scale shares
+OUTPUTS = Path("outputs/experiments")
+KEYS = {"title", "extends", "only", "seeds", "arms", "search", "lab"}  # lab: what it changes of COMMON's there
+ARM_KEYS = {"label", "recipe", "overrides", "grid"}
+
+
+class ExperimentError(ValueError):
+    """An experiment cannot be read or run; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a figure.
+
+    Attributes:
+        label: its name in the legend; the arms of a grid share it.
+        recipe: a recipe's name.
+        overrides: what is changed in it, as `key=value`.
+    """
+
+    label: str
+    recipe: str
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def variant(self) -> str:
+        """The overrides as a part of the folder's name."""
+        return ",".join(self.overrides)
+
+    def value(self, key: str) -> float:
+        """The number that an override sets.
+
+        Args:
+            key: such as `learning_rate`.
+
+        Returns:
+            Its value.
+
+        Raises:
+            KeyError: no override of that name.
+        """
+        return float(dict(item.split("=", 1) for item in self.overrides)[key])
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The runs of one figure at one scale.
+
+    Attributes:
+        name: the file's name.
+        title: one line.
+        scale: a scale's name.
+        arms: in the order of the legend.
+        seeds: of every arm.
+        common: overrides that all runs of the scale share.
+        search: the grid's key whose largest surviving value is searched by bisection; None runs everything.
+        root: where the runs are.
+    """
+
+    name: str
+    title: str
+    scale: str
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    common: tuple[str, ...] = ()
+    search: str | None = None
+    root: Path = OUTPUTS
+
+    def folder(self, arm: Arm, seed: int) -> Path:
+        """The folder of one run."""
+        return self.root / ",".join((arm.recipe, *arm.overrides)) / self.scale / f"seed{seed}"
+
+    def overrides(self, arm: Arm, seed: int) -> list[str]:
+        """What a run is started with, beside its recipe."""
+        variant = [f"variant='{arm.variant}'"] if arm.variant else []
+        place = [f"scale={self.scale}", f"seed={seed}", f"output_root={self.root}"]
+        return [*place, *variant, *self.common, *arm.overrides]
+
+    def runs(self) -> Iterator[tuple[Arm, int]]:
+        """Every arm with every seed, seed by seed, so that an interrupted sweep has whole seeds."""
+        return ((arm, seed) for seed, arm in itertools.product(self.seeds, self.arms))
+
+
+def known_experiments() -> list[str]:
+    """The names of `recipes/experiments/*.yaml`."""
+    return sorted(path.stem for path in EXPERIMENTS.glob("*.yaml") if path.stem != COMMON)
+
+
+def known_scales() -> list[str]:
+    """The names of `recipes/scale/*.yaml`."""
+    return sorted(path.stem for path in SCALES.glob("*.yaml"))
+
+
+def load(name: str, scale: str = "lab", seeds: int | None = None) -> Experiment:
+    """Read an experiment.
+
+    Args:
+        name: of `known_experiments`.
+        scale: a scale's name.
+        seeds: only the first so many of the experiment's seeds; None takes all.
+
+    Returns:
+        The experiment, its grids written out.
+
+    Raises:
+        ExperimentError: an unknown experiment, scale or key, an arm without label or recipe, or fewer seeds than
+            asked for.
+    """
+    if name not in known_experiments():
+        near = difflib.get_close_matches(name, known_experiments(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ExperimentError(f"there is no experiment {name!r}{hint} (there are {', '.join(known_experiments())})")
+    if scale not in known_scales():
+        raise ExperimentError(f"there is no scale {scale!r}; there are {', '.join(known_scales())}")
+    content = _read(name)
+    chosen = tuple(content["seeds"])
+    if seeds is not None and not 1 <= seeds <= len(chosen):
+        raise ExperimentError(f"{name} has the seeds {', '.join(map(str, chosen))}: SEEDS is 1 to {len(chosen)}")
+    arms = [arm for entry in content["arms"] for arm in _arms(name, entry)]
+    only = content.get("only", [arm.label for arm in arms])
+    if absent := set(only) - {arm.label for arm in arms}:
+        raise ExperimentError(f"recipes/experiments/{name}.yaml has no arm {min(absent)!r}, which 'only' names")
+    family = scale.partition("_")[0]
+    common = yaml.safe_load((EXPERIMENTS / f"{COMMON}.yaml").read_text()).get(family, {}) | content.get(family, {})
+    return Experiment(
+        name=name,
+        title=content["title"],
+        scale=scale,
+        arms=tuple(arm for arm in arms if arm.label in only),
+        seeds=chosen[:seeds],
+        common=tuple(_override(key, value) for key, value in common.items()),
+        search=content.get("search"),
+    )
+
+
+def _read(name: str) -> dict[str, Any]:
+    """One file, over the one that it extends."""
+    content = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text())
+    if not isinstance(content, dict):
+        raise ExperimentError(f"recipes/experiments/{name}.yaml holds no settings")
+    if unknown := content.keys() - KEYS:
+        raise ExperimentError(
+            f"recipes/experiments/{name}.yaml: {min(unknown)!r} is none of {', '.join(sorted(KEYS))}"
+        )
+    if "extends" in content:
+        content = _read(content["extends"]) | content
+    if missing := {"title", "seeds", "arms"} - content.keys():
+        raise ExperimentError(f"recipes/experiments/{name}.yaml does not say {min(missing)!r}")
+    return content
+
+
+def _arms(name: str, entry: dict[str, Any]) -> Iterator[Arm]:
+    """The arms of one entry: one, or one for each combination of its grid."""
+    if not isinstance(entry, dict) or not {"label", "recipe"} <= entry.keys() <= ARM_KEYS:
+        raise ExperimentError(
+            f"recipes/experiments/{name}.yaml: an arm has label and recipe, perhaps overrides and grid, got {entry}"
+        )
+    fixed = [_override(key, value) for key, value in entry.get("overrides", {}).items()]
+    grid = entry.get("grid", {})
+    for values in itertools.product(*grid.values()):
+        varied = [_override(key, value) for key, value in zip(grid, values, strict=True)]
+        yield Arm(entry["label"], entry["recipe"], (*fixed, *varied))
+
+
+def _override(key: str, value: Any) -> str:
+    """`key=value` as Hydra reads it and a folder's name shows it."""
+    if isinstance(value, float):
+        value = f"{value:g}"
+    elif isinstance(value, bool) or value is None:
+        value = yaml.safe_dump(value).split("\n")[0]
+    return f"{key}={value}"

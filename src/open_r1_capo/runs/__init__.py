@@ -1,0 +1,1 @@
+"""What a run leaves behind, and how a command ends. Imports nothing of ours and no torch: reports start at once."""

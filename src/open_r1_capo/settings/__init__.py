@@ -1,0 +1,1 @@
+"""A recipe's settings, composed and checked. Pure: no torch, no CUDA, no environment variable is asked."""

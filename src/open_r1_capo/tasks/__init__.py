@@ -1,0 +1,1 @@
+"""Where policies and problems come from, and how answers are scored."""

@@ -1,0 +1,135 @@
+"""What an update really did to its own tokens: measured after the step, against what was predicted before it.
+
+One forward pass of the backbone; the last layer's own share costs one more pass through the LM head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from open_r1_capo.capo.curvature import objective_change, support_kl
+from open_r1_capo.training.features import completion_hidden_states, support_log_probs
+from open_r1_capo.training.update import Part, gather_columns
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The step at M of a micro-batch's N tokens.
+
+    Attributes:
+        chosen: (N,) bool, the tokens that were measured.
+        kl: (M,) float64, KL(π_old ‖ π_new) in nats.
+        kl_head: (M,) float64, the same with the new LM head on the old hidden states: what the last layer alone did.
+        objective: (M,) float64, A (π_new(a) / π_old(a) - 1), the change of the surrogate objective.
+        log_prob: (M,) float32, log π_new(a).
+    """
+
+    chosen: Tensor
+    kl: Tensor
+    kl_head: Tensor
+    objective: Tensor
+    log_prob: Tensor
+
+
+def measure(
+    policy: PreTrainedModel,
+    part: Part,
+    share: float,
+    temperature: float,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> Measured:
+    """Measure a step that was taken on one micro-batch's tokens, or on a share of its sequences.
+
+    TRL has shuffled the sequences, so the first ones are a random part.
+
+    Args:
+        policy: the model after the step, without wrappers.
+        part: the micro-batch as it was before the step.
+        share: of its sequences, in (0, 1].
+        temperature: τ, which divides the logits.
+        autocast: the context of the forward pass.
+
+    Returns:
+        The measurement.
+    """
+    chosen = torch.zeros_like(part.mask)
+    chosen[: max(1, round(share * len(part.mask)))] = True
+    chosen &= part.mask
+    rows = chosen[part.mask]
+    tokens, log_mass = part.tokens.select(rows), part.log_mass[rows]
+    with autocast():
+        hidden = completion_hidden_states(policy, part.input_ids, part.attention_mask, chosen)
+    new = support_log_probs(policy, hidden, tokens.token_ids, temperature)
+    head = support_log_probs(policy, tokens.features * temperature, tokens.token_ids, temperature)
+    return Measured(
+        rows,
+        support_kl(tokens, log_mass, new),
+        support_kl(tokens, log_mass, head),
+        objective_change(tokens, log_mass, new),
+        new.gather(1, tokens.action_index[:, None])[:, 0],
+    )
+
+
+def metrics(accelerator: Accelerator, parts: Sequence[Part], found: Sequence[Measured]) -> dict[str, float]:
+    """Means over the measured tokens of all ranks, and how well m_F ranks them.
+
+    Args:
+        accelerator: knows the ranks.
+        parts: this rank's micro-batches.
+        found: a measurement of each.
+
+    Returns:
+        `measured_kl`, `measured_kl_head`, `measured_objective`, means over the finite measurements (NaN if none is,
+        0 without a token), `measured_non_finite`, the share of the KLs that are not, and `kl_spearman`: the rank
+        correlation of the policy shift with the measured KL over the tokens with a gradient (left out where there is
+        none).
+    """
+    totals = torch.zeros(3, 3, dtype=torch.float64)  # sum and count of each mean, and the count of all tokens
+    for one in found:
+        values = torch.stack([one.kl, one.kl_head, one.objective])
+        finite = values.isfinite()
+        counts = torch.stack([finite, torch.ones_like(finite)]).sum(2)
+        totals += torch.stack([values.where(finite, 0).sum(1), *counts], 1).cpu()
+    totals = accelerator.reduce(totals.to(accelerator.device), "sum").cpu()
+    means = (totals[:, 0] / totals[:, 1].where(totals[:, 2] > 0, 1)).tolist()
+    logs = dict(zip(("measured_kl", "measured_kl_head", "measured_objective"), means, strict=True))
+    logs["measured_non_finite"] = float(1 - totals[0, 1] / totals[0, 2].clamp(min=1))
+    pairs = [_pairs(part, one) for part, one in zip(parts, found, strict=True)]
+    correlation = spearman(*gather_columns(accelerator, torch.cat(pairs, 1)))
+    return logs if correlation is None else logs | {"kl_spearman": correlation}
+
+
+def _pairs(part: Part, one: Measured) -> Tensor:
+    """(2, n) float32, measured KL and m_F of the tokens with a gradient."""
+    pairs = torch.stack([one.kl.float(), part.selection.policy_shift[one.chosen].float()])
+    moving = part.tokens.advantages[one.chosen] != 0
+    return pairs[:, moving & pairs.isfinite().all(0)]
+
+
+def spearman(a: Tensor, b: Tensor) -> float | None:
+    """Spearman's rank correlation; equal values share the mean of their ranks.
+
+    Args:
+        a: (N,).
+        b: (N,).
+
+    Returns:
+        In [-1, 1]; None if all values of one of them are equal, or there are fewer than two.
+    """
+    ranks = torch.stack([_ranks(a), _ranks(b)])
+    ranks = ranks - ranks.mean(1, keepdim=True)
+    norms = ranks.norm(dim=1)
+    return float(ranks[0] @ ranks[1] / norms.prod()) if len(a) > 1 and norms.min() > 0 else None
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double()
+    return (last - (count - 1) / 2)[place]

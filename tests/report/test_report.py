@@ -1,0 +1,312 @@
+"""The report and the figures, from the files of a run."""
+
+import gzip
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pages
+from open_r1_capo import report
+from open_r1_capo.report.__main__ import main
+from open_r1_capo.report.compare import main as compare
+from open_r1_capo.report.facts import time_breakdown, worst_steps
+from open_r1_capo.report.page import embed, fit_metrics
+from open_r1_capo.report.panels import MEAN, TAKEN, metric_columns
+from open_r1_capo.report.records import fit, read_records
+from open_r1_capo.runs.folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def data_of(page):
+    """What a page's script reads."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL).group(1))
+
+
+def titles(page):
+    return [panel["title"] for panel in data_of(page)["panels"]]
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    folder = tmp_path / "capo_aggressive" / "lab" / "seed0"
+    folder.mkdir(parents=True)
+    rows = [
+        {
+            "step": i, "reward": 0.1 * (i % 4), "completions": 96 * i, "accepted_tokens": 900 * i, "grad_norm": 0.0,
+            "entropy": 0.3, "capo/rejected_frac": 0.01 * i, "capo/scaled_frac": 0.0, "capo/measured_kl": 1e-3 * i,
+            "capo/step_scale": 1.0, "capo/policy_shift/max": 0.0, "time/total": 0.5,
+            **({"accuracy": 0.2 + 0.01 * i} if i % 5 == 0 else {}),
+        }
+        for i in range(1, 21)
+    ]  # fmt: skip
+    del rows[3]["reward"]  # a step on completions of an earlier one
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 21, "rew')
+    (folder / "config.yaml").write_text("recipe: capo_aggressive\nscale: lab\nseed: 0\nenvironment: {}\n")
+    settings = {"recipe": "capo_aggressive", "scale": "lab", "seed": 0}
+    accuracy = {"accuracy": 0.2, "standard_error": 0.01, "n": 500}
+    summary = report.summarise(settings, RunFolder(folder).read_metrics(), accuracy, accuracy)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_summary(run_folder):
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert summary["steps"] == 20
+    assert summary["completions"] == 1920
+    assert (summary["accuracy_best"], summary["accuracy_best_step"]) == (pytest.approx(0.4), 20)
+    assert summary["rejected_frac"] == {"mean": pytest.approx(0.105), "max": 0.2, "min": 0.01}
+    assert len(summary["reward_windows"]) == 2
+    assert summary["training_seconds"] == 10  # of all steps, whichever call took them
+
+
+def test_a_collapse_is_said(run_folder):
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert "collapsed" not in "\n".join(report.summary_lines(RunFolder(run_folder)))
+    summary["accuracy_after"]["accuracy"] = 0.01
+    (run_folder / "summary.json").write_text(json.dumps(summary))
+    assert "the policy collapsed" in "\n".join(report.summary_lines(RunFolder(run_folder)))
+
+
+def test_report_again_with_evaluations(run_folder, capsys):
+    assert main([str(run_folder)]) == 0
+    assert "held-out accuracy  0.200 ± 0.010 before" in capsys.readouterr().out
+    plain = (run_folder / "report.html").read_text()
+    assert "TEST, mean of" not in plain
+    assert "kept no token records" in plain
+    lines = [
+        {"step": s, "completions": 96 * s, "accepted_tokens": 900 * s, "test": 0.5, "test_stderr": 0.01, "over": 8}
+        for s in (20, 0, 10)
+    ]
+    (run_folder / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main([str(run_folder)]) == 0
+    page = (run_folder / "report.html").read_text()
+    assert "TEST, mean of 8 test sets" in titles(page)
+    assert "training accepted tokens" in page
+    assert data_of(page)["runs"][0]["tests"]["step"] == [0, 10, 20]
+
+
+def test_an_empty_summary_is_a_run_that_has_not_ended(run_folder, capsys):
+    (run_folder / "summary.json").write_text("{}")
+    assert main([str(run_folder)]) == 0
+    assert "the run has not ended" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("metrics.jsonl", '{"step": 21, "reward": "x", "accuracy": "x", "time/total": "x", "capo/rejected_frac": []}'),
+        ("metrics.jsonl", '{"step": 21, "reward": NaN, "completions": {}}'),
+        ("metrics.jsonl", '{"step": "21"}'),
+        ("eval.jsonl", '{"step": 20, "test": "x", "tasks": 3, "over": "x"}'),
+        ("eval.jsonl", '{"test": 0.5}'),
+    ],
+)
+def test_what_is_no_number_is_left_out(run_folder, tmp_path, name, line):
+    """Of the curves, of the summary so far and of the page of several runs alike."""
+    metrics = run_folder / "metrics.jsonl"
+    metrics.write_text("".join(text + "\n" for text in metrics.read_text().splitlines()[:-1]))
+    (run_folder / "summary.json").unlink()
+    with (run_folder / name).open("a") as file:
+        file.write(line + "\n")
+    assert main([str(run_folder)]) == 0
+    assert "1,920 completions" in (run_folder / "report.html").read_text()
+    other = pages.make_run(tmp_path / "grpo_aggressive" / "lab" / "seed0")
+    assert compare(["--out", str(tmp_path / "compare.html"), str(run_folder), str(other)]) == 0
+
+
+def test_a_run_without_a_reward_has_a_summary(run_folder):
+    """Its end is not the place for a KeyError."""
+    summary = json.loads((run_folder / "summary.json").read_text())
+    summary |= {"reward_windows": [], "accuracy_after": None}
+    for name in ("step_scale", "scaled_frac"):
+        del summary[name]
+    (run_folder / "summary.json").write_text(json.dumps(summary))
+    assert "20 steps" in "\n".join(report.summary_lines(RunFolder(run_folder)))
+
+
+def test_columns():
+    rows = [{"step": i, "reward": r, "learning_rate": 0.1, "capo/step_scale": s} for i, r, s in
+            ((1, 0.2, 1.0), (2, math.nan, 0.5), (3, 0.4, 0.25))]  # fmt: skip
+    columns = metric_columns([*rows, {"step": 4, "note": "text"}])
+    assert columns["reward"] == [0.2, None, 0.4, None]
+    assert columns[MEAN] == [0.2, None, 0.3, None]
+    assert columns[TAKEN] == [0.1, 0.05, 0.025, None]
+    assert "note" not in columns
+
+
+def test_times_are_shares_of_the_total():
+    columns = {"time/total": [2.0, 1.0], "time/generate": [1.0, None], "time/train": [1.0, 1.0]}
+    rows = {row["name"]: (row["seconds"], row["share"]) for row in time_breakdown(columns)}
+    assert rows == {
+        "generation": (0.5, pytest.approx(1 / 3)), "train": (1.0, pytest.approx(2 / 3)), "total": (1.5, 1.0)
+    }  # fmt: skip
+    assert time_breakdown({}) == []
+
+
+def test_worst_steps():
+    columns = {
+        "step": [1, 2, 3, 4, 5, 6, 7], "capo/measured_kl": [0.1, 0.5, 0.2, 0.0, None, 0.3, 0.1],
+        "reward": [0.6, 0.6, 0.6, 0.6, 0.0, 0.0, 0.0],
+    }  # fmt: skip
+    kl, fall = worst_steps(columns)
+    assert kl["steps"] == [(2, 0.5), (6, 0.3), (3, 0.2)]
+    assert fall["steps"][0] == (4, pytest.approx(-0.6))  # the step after whose update the reward was gone
+    assert worst_steps({"step": [1]}) == []
+
+
+def test_runs_without_capo_or_cut_off(tmp_path, capsys):
+    """Whatever is missing, the page is written, and says how far the run is."""
+    folder = pages.make_run(tmp_path / "grpo_aggressive" / "lab" / "seed0", steps=10, planned=40)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    plain = [{k: v for k, v in row.items() if not k.startswith("capo/") and k != "accepted_tokens"} for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain) + '{"st')
+    (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace("mask", "off"))
+    (folder / "eval.jsonl").write_text((folder / "eval.jsonl").read_text()[:-9])
+    assert main([str(folder)]) == 0
+    assert "the run has not ended" in capsys.readouterr().out
+    page = (folder / "report.html").read_text()
+    assert "it was at step 10 of 40" in page
+    assert "capo.mode is off" in page
+    assert "Policy shift m_F (nats)" not in titles(page)
+    assert data_of(page)["runs"][0]["tests"]["step"] == [0]
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        (folder / name).unlink()
+    assert main([str(folder)]) == 0
+    assert "has not finished a step yet" in (folder / "report.html").read_text()
+
+
+def test_no_runs_folder(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert "is no run's folder (no config.yaml of a run in it)" in capsys.readouterr().err
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+    assert main([]) == 2
+
+
+def test_records_are_read_merged_and_ordered(tmp_path):
+    for name in ("most_rejected", "largest_kl"):
+        pages.write_record(tmp_path, name, pages.make_record(7))
+    pages.write_record(tmp_path, "first", pages.make_record(1))
+    (tmp_path / "tokens" / "step3.json.gz").write_bytes(b"no gzip")
+    short = pages.make_record(4)
+    del short["completions"][2]["weight"][-1]
+    pages.write_record(tmp_path, "step4", short)
+    records, notes = read_records(tmp_path, [])
+    assert [(r["step"], sorted(r["labels"])) for r in records] == [
+        (1, ["first step"]), (7, ["largest measured KL", "most tokens rejected"])
+    ]  # fmt: skip
+    assert len(notes) == 2
+    assert "tokens/step3.json.gz cannot be read" in notes[0]
+    assert "weight does not have a value for every token" in notes[1]
+
+
+def test_records_of_every_step_show_the_interesting_ones(tmp_path):
+    for step in range(1, 13):
+        pages.write_record(tmp_path, f"step{step}", pages.make_record(step, completions=1))
+    records, notes = read_records(tmp_path, [11, 12])
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6, 11, 12]
+    assert notes == ["12 records were kept; at most 8 of them are on this page."]
+
+
+def test_records_fit_a_budget(tmp_path):
+    record = pages.make_record(1, completions=30)
+    record["completions"][29]["policy_shift"][0] = math.nan
+    records = [record | {"labels": []}, pages.make_record(2, completions=30) | {"labels": []}]
+    fitted = fit(records, 60_000)
+    assert len(json.dumps(fitted)) < 60_000
+    for each in fitted:
+        kept = each["completions"]
+        assert 5 < len(kept) < 30 == each["of"]
+        rejected = [c["weight"].count(0.0) for c in kept]
+        assert rejected == sorted(rejected, reverse=True)
+    whole = fit(records, 10**7)[0]["completions"]
+    assert next(c for c in whole if c["position"] == 29)["policy_shift"][0] is None
+    assert fit(records, 0)[0]["completions"] == []
+
+
+def test_long_runs_fit(tmp_path):
+    table = {name: list(range(5000)) for name in ("step", "reward", "other")}
+    kept, note = fit_metrics(table, {"step", "reward"}, set(), limit=60_000)
+    assert set(kept) == {"step", "reward"}
+    assert "Only the metrics of the panels" in note
+    kept, note = fit_metrics(table, {"step", "reward"}, {4321}, limit=20_000)
+    assert {0, 4321, 4999} <= set(kept["step"])
+    assert len(embed(kept)) < 21_000
+    assert "one of 3 steps is drawn" in note
+
+
+def test_nothing_of_a_run_becomes_html(tmp_path):
+    folder = pages.make_run(tmp_path / "capo_aggressive" / "lab" / "seed0")
+    pages.write_record(folder, "first", pages.make_record(1, evil=pages.EVIL))
+    (folder / "config.yaml").write_text((folder / "config.yaml").read_text() + f"system_prompt: '{pages.EVIL}'\n")
+    assert main([str(folder)]) == 0
+    page = (folder / "report.html").read_text()
+    assert page.count("</script>") == 2  # the data's and the script's own
+    assert "<img" not in page
+    assert "{{" not in page
+    assert data_of(page)["records"][0]["completions"][0]["tokens"][-1] == pages.EVIL
+
+
+def test_a_page_stays_below_five_megabytes(tmp_path):
+    folder = pages.make_run(tmp_path / "capo_aggressive" / "lab" / "seed0")
+    pages.write_record(folder, "first", pages.make_record(1, completions=96, length=400))
+    pages.write_record(folder, "largest_kl", pages.make_record(2, completions=96, length=400, evil="<" * 20))
+    assert main([str(folder)]) == 0
+    assert 3_000_000 < (folder / "report.html").stat().st_size <= 5_000_000
+    for record in data_of((folder / "report.html").read_text())["records"]:
+        assert 0 < len(record["completions"]) < record["of"] == 96
+
+
+def test_compare(tmp_path, capsys):
+    runs = [
+        pages.make_run(tmp_path / "capo_aggressive" / "lab" / "seed0"),
+        pages.make_run(tmp_path / "grpo_aggressive,learning_rate=1e-3" / "lab" / "seed0", steps=30, rate=1e-3),
+    ]
+    out = tmp_path / "new" / "compare.html"
+    assert compare(["--out", str(out), *map(str, runs)]) == 0
+    page = out.read_text()
+    assert [run["label"] for run in data_of(page)["runs"]] == ["capo_aggressive", "grpo_aggressive,learning_rate=1e-3"]
+    panel = next(p for p in data_of(page)["panels"] if p["title"] == "Measured KL of the update (nats)")
+    assert [(line["run"], line["colour"]) for line in panel["lines"]] == [(0, 0), (1, 1)]
+    assert '<th scope="row">learning_rate</th><td>0.002</td><td>0.001</td>' in page
+    assert '<th scope="row">seed</th>' not in page
+    capsys.readouterr()
+    for names, sentence in (
+        ([runs[0]], "name two run folders or more"),
+        ([runs[0], runs[1], runs[0].parent / ".." / "lab" / "seed0"], "is named twice"),
+        ([runs[0], runs[0]], "is named twice"),
+        ([runs[0], tmp_path / "nothing"], "there is no such folder"),
+    ):
+        assert compare(["--out", str(tmp_path / "no.html"), *map(str, names)]) == 2
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "no.html").exists()
+
+
+def test_records_that_are_no_json(tmp_path):
+    (tmp_path / "tokens").mkdir()
+    for name, content in (("step1", b"[1]"), ("step2", b"{"), ("step3", b'{"step": 1}'), ("step4", b"\xff")):
+        with gzip.open(tmp_path / "tokens" / f"{name}.json.gz", "wb") as file:
+            file.write(content)
+    records, notes = read_records(tmp_path, [])
+    assert records == []
+    assert len(notes) == 4
+
+
+def test_figures(run_folder, tmp_path):
+    command = [sys.executable, str(ROOT / "eval" / "figures.py"), "--out", str(tmp_path / "out")]
+    (run_folder / "metrics.jsonl").write_text(
+        "".join(line + "\n" for line in (run_folder / "metrics.jsonl").read_text().splitlines()[:-1])
+    )
+    done = subprocess.run([*command, str(run_folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| capo_aggressive (lab) | 1 | 0.200 | 0.400 | 0.200 | 10.50% | 20.00% | 2.0e-02 |" in done.stdout
+    assert (tmp_path / "out" / "runs.png").stat().st_size > 10_000
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "is not a run folder" in done.stderr
