@@ -17,11 +17,12 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from common import save
-from open_r1_capo.capo import AdamStep, TokenBatch, TrustRegion, objective_shift, policy_shift
-from open_r1_capo.grpo import known_rewards, load_dataset, make_trainer, quiet
+from open_r1_capo.capo import AdamStep, Mask, TokenBatch, objective_shift, policy_shift
 from open_r1_capo.settings.recipes import compose_recipe
 from open_r1_capo.settings.run import build
 from open_r1_capo.tasks.lab.policy import base_policy
+from open_r1_capo.training.build import known_rewards, load_dataset, make_trainer
+from open_r1_capo.training.run import quiet
 
 PAPER = {"CAPO": (1e-4, 1e-2), "Dr.CAPO": (1e-3, 5e-4), "ReinCAPO": (1e-5, 1e-1)}  # (δ_F, δ_H), Table 4
 
@@ -35,7 +36,7 @@ class Twins(AdamStep):
         rate: gives the learning rate.
     """
 
-    def __init__(self, like: AdamStep, regions: dict[str, TrustRegion], rate):
+    def __init__(self, like: AdamStep, regions: dict[str, Mask], rate):
         settings = (like.vocab_size, like.dim, like.beta1, like.beta2, like.eps, like.moment_average, like.absent_rows)
         super().__init__(*settings)
         self.twin, self.regions, self.rate = AdamStep(*settings), regions, rate
@@ -89,7 +90,7 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
         dataset = load_dataset(config, tokenizer, args.seed)
         trainer = make_trainer(config, args, known_rewards(config), model, tokenizer, dataset)
-        regions = {name: TrustRegion(*bounds) for name, bounds in PAPER.items()} | {"run": config.capo.trust_region()}
+        regions = {name: Mask(*bounds) for name, bounds in PAPER.items()} | {"run": config.capo.trust_region()}
         twins = trainer.step_model = Twins(trainer.step_model, regions, trainer._scheduled_lr)
         trainer.train()
     steps = {"recipe": options.recipe, "seed": args.seed, "steps": args.max_steps, "learning_rate": args.learning_rate}

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 
 from common import Shape, everyone, save
-from open_r1_capo.capo import AdamStep, TokenBatch, TrustRegion, adam, kernels, objective_shift, policy_shift
+from open_r1_capo.capo import AdamStep, Mask, TokenBatch, adam, kernels, objective_shift, policy_shift
 from open_r1_capo.capo.segments import ENGINE_VARIABLE
 from open_r1_capo.training.features import policy_support
 
@@ -111,7 +111,7 @@ def stages(shape: Shape, device: str) -> tuple[AdamStep, TokenBatch, dict[str, C
 
     def select() -> object:
         shifts = policy_shift(batch, z, 1e-6), objective_shift(batch, z, 1e-6)
-        return TrustRegion(max_policy_shift=1e-4, max_objective_shift=1e-2).select(*shifts)
+        return Mask(max_policy_shift=1e-4, max_objective_shift=1e-2).judge(*shifts)
 
     return (
         step,

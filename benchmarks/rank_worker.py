@@ -23,10 +23,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import GRPOConfig
 
-from open_r1_capo.grpo import quiet
-from open_r1_capo.settings.run import CAPOConfig
+from open_r1_capo.settings.capo import capo_config
 from open_r1_capo.tasks.data import to_prompts
 from open_r1_capo.tasks.lab.task import problems
+from open_r1_capo.training.run import quiet
 from open_r1_capo.training.trainer import CAPOTrainer
 
 COMPLETIONS, LENGTH, STEPS = 16, 8, 3  # of the whole batch; tokens of the longest
@@ -72,7 +72,7 @@ class Rank(CAPOTrainer):
 
     def _judge(self, hidden, input_ids, attention_mask, entropies):
         part = super()._judge(hidden, input_ids, attention_mask, entropies)
-        chosen = part.selection
+        chosen = part.by_rule
         columns = (chosen.weight, chosen.policy_shift, chosen.objective_shift)
         columns = [column.float().split(part.mask.sum(1).tolist()) for column in columns]
         for row, ids in enumerate(input_ids[:, -part.mask.shape[1] :]):
@@ -160,7 +160,7 @@ def train(policy: Path, out: Path, training: dict[str, Any], capo: dict[str, Any
         args=args,
         processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
         train_dataset=to_prompts(Dataset.from_list(problems("train", 24, seed=3)), None),
-        capo=CAPOConfig(**capo),
+        capo=capo_config(**capo),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()

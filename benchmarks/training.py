@@ -18,10 +18,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 
 from common import in_child
-from open_r1_capo.grpo import known_rewards, load_dataset, make_trainer, quiet
 from open_r1_capo.settings.recipes import compose_recipe
 from open_r1_capo.settings.run import build
 from open_r1_capo.tasks.lab.policy import base_policy
+from open_r1_capo.training.build import known_rewards, load_dataset, make_trainer
+from open_r1_capo.training.run import quiet
 
 VARIANTS = {
     "off": ["capo.mode=off"],

@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from open_r1_capo import grpo
-from open_r1_capo.training import checkpoint
-from open_r1_capo.training.checkpoint import damage, newest_complete, seal
+from open_r1_capo.runs.checkpoints import find_damage, newest_complete, seal
+from open_r1_capo.training import run as training_run
+from open_r1_capo.training import trainer as capo_trainer
 
 FAST = [
     "max_steps=6", "save_steps=2", "completions_per_step=32", "num_generations=4", "max_completion_length=16",
@@ -94,7 +95,7 @@ def test_a_checkpoint_is_an_ordinary_folder(finished):
     AutoModelForCausalLM.from_pretrained(folder)
     assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]  # all that vLLM may load
     AutoTokenizer.from_pretrained(folder)
-    assert damage(folder) is None
+    assert find_damage(folder) is None
 
 
 def test_a_finished_run_is_not_run_again(finished, capsys, lab_policy, monkeypatch):
@@ -102,7 +103,7 @@ def test_a_finished_run_is_not_run_again(finished, capsys, lab_policy, monkeypat
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     assert grpo.main(command(folder.parents[2], lab_policy)) == 0
     assert "this run has ended (OVERWRITE=1 runs it again)" in capsys.readouterr().out
-    monkeypatch.setattr(grpo.GRPOConfig, "process_index", 1)
+    monkeypatch.setattr(training_run.GRPOConfig, "process_index", 1)
     assert grpo.main(command(folder.parents[2], lab_policy)) == 0
     assert capsys.readouterr().out == ""  # one of several processes tells it
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
@@ -281,14 +282,14 @@ def test_prompts_that_are_all_too_long(capsys, tmp_path, lab_policy):
 
 def test_a_full_disk(capsys, tmp_path, lab_policy, monkeypatch):
     """The second checkpoint does not fit: one sentence, and the first stays what the run goes on from."""
-    save = checkpoint.save_state
+    save = capo_trainer.save_state
 
     def full(folder, *rest):
         if folder.name == "checkpoint-4":
             raise OSError(28, "No space left on device")
         save(folder, *rest)
 
-    monkeypatch.setattr(checkpoint, "save_state", full)
+    monkeypatch.setattr(capo_trainer, "save_state", full)
     assert grpo.main(command(tmp_path, lab_policy)) == 2
     assert "error: the disk is full: make room, then the same command goes on" in capsys.readouterr().err
     assert newest_complete(tmp_path / "capo_aggressive" / "lab" / "seed0" / "checkpoints")[0].name == "checkpoint-2"
@@ -315,7 +316,7 @@ def test_interrupted(capsys, monkeypatch):
     def stop(settings, preemption):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(grpo, "train", stop)
+    monkeypatch.setattr(training_run, "train", stop)
     assert grpo.main([]) == 130
     assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
 
@@ -324,7 +325,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def broken(settings, preemption):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(grpo, "train", broken)
+    monkeypatch.setattr(training_run, "train", broken)
     with pytest.raises(ZeroDivisionError):
         grpo.main([])
 

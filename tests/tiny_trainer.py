@@ -5,9 +5,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from open_r1_capo.settings.run import CAPOConfig
+from open_r1_capo.settings.capo import capo_config
 from open_r1_capo.tasks.data import to_prompts
 from open_r1_capo.tasks.lab.task import problems
+from open_r1_capo.training.run_trainer import RunTrainer
 from open_r1_capo.training.trainer import CAPOTrainer
 
 PROMPTS = problems("train", 24, seed=3)
@@ -43,7 +44,7 @@ def arguments(folder, **changes):
 
 
 def build(policy, tokenizer, folder, capo=None, baseline="group", reward=token_reward, records=None, **changes):
-    """A CAPOTrainer, or TRL's own if `capo` is None, on a fresh copy of the policy."""
+    """A CAPOTrainer, a RunTrainer with mode off, or TRL's own if `capo` is None, on a fresh copy of the policy."""
     common = {
         "model": AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
         "reward_funcs": [reward],
@@ -53,7 +54,10 @@ def build(policy, tokenizer, folder, capo=None, baseline="group", reward=token_r
     }
     if capo is None:
         return GRPOTrainer(**common)
-    return CAPOTrainer(**common, capo=CAPOConfig(**capo), advantage_baseline=baseline, records=records)
+    config = capo_config(**capo)
+    if not config.on:
+        return RunTrainer(**common, advantage_baseline=baseline)
+    return CAPOTrainer(**common, capo=config, advantage_baseline=baseline, records=records)
 
 
 def parameters(trainer):

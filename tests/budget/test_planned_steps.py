@@ -52,7 +52,7 @@ def test_feedback_calibrates_by_the_measured_kl(build):
         assert row["capo/step_calibration"] == pytest.approx(c)
         taken = row["capo/batch_policy_shift"] * row["capo/step_scale"] ** 2
         c = math.exp(0.7 * math.log(c) + 0.3 * math.log(row["capo/measured_kl"] / taken))
-    assert trainer.budget.calibration == pytest.approx(c)
+    assert trainer.step_rule.calibration == pytest.approx(c)
 
 
 def test_measured_kl_is_the_divergence_of_the_full_policies(build):
@@ -60,7 +60,7 @@ def test_measured_kl_is_the_divergence_of_the_full_policies(build):
     for top_k, lower_bound in ((1000, False), (20, True)):
         trainer = build({"mode": "observe", "top_k": top_k}, max_steps=1, learning_rate=1e-3)
         logits, after = [], trainer.after_step
-        judge = trainer._judge
+        judge = trainer._weigh_tokens
 
         def full(part, trainer=trainer):
             with torch.no_grad():
@@ -78,7 +78,7 @@ def test_measured_kl_is_the_divergence_of_the_full_policies(build):
             logits.append(float((old.exp() * (old - new)).sum(-1).mean()))
             after()
 
-        trainer._judge, trainer.after_step = judged, then_compare
+        trainer._weigh_tokens, trainer.after_step = judged, then_compare
         trainer.train()
         measured = tiny_trainer.history(trainer)[0]["capo/measured_kl"]
         assert measured > 1e-5

@@ -5,28 +5,28 @@ import math
 import pytest
 import torch
 
-from open_r1_capo.budget.rules import StepBudget
+from open_r1_capo.budget.rules import StepRule
 from open_r1_capo.capo.curvature import support_kl
 from oracle import random_batch
 
 
 def test_the_step_spends_at_most_its_budget():
-    budget = StepBudget(1e-3, feedback=False)
-    assert budget.scale(5e-4) == 1.0
-    assert 4e-3 * budget.scale(4e-3) ** 2 == pytest.approx(1e-3)
-    assert StepBudget(math.inf).scale(1e9) == 1.0
+    budget = StepRule(1e-3, step_feedback=False)
+    assert budget.factor(5e-4) == 1.0
+    assert 4e-3 * budget.factor(4e-3) ** 2 == pytest.approx(1e-3)
+    assert StepRule(math.inf).factor(1e9) == 1.0
 
 
 def test_calibration_is_a_running_log_average():
-    budget = StepBudget(1e-3)
-    budget.calibrate(measured_kl=8e-3, predicted_kl=1e-3)
+    budget = StepRule(1e-3)
+    budget.observe(measured_kl=8e-3, predicted_kl=1e-3)
     assert budget.calibration == pytest.approx(8**0.3)
-    assert budget.scale(4e-3) == pytest.approx(math.sqrt(1e-3 / (4e-3 * 8**0.3)))
+    assert budget.factor(4e-3) == pytest.approx(math.sqrt(1e-3 / (4e-3 * 8**0.3)))
     for _ in range(200):
-        budget.calibrate(measured_kl=10.0, predicted_kl=2e-6)
+        budget.observe(measured_kl=10.0, predicted_kl=2e-6)
     assert budget.calibration == pytest.approx(1e3)
     for nothing in ((0.0, 1e-3), (1e-3, 0.0), (math.nan, 1e-3), (math.inf, 1e-3), (1.2e-7, 1e-3), (1e-3, 2e-19)):
-        budget.calibrate(*nothing)
+        budget.observe(*nothing)
     assert budget.calibration == pytest.approx(1e3)
 
 

@@ -94,8 +94,8 @@ def test_every_engine_passes_the_oracle_tests(name):
     if name == "triton":
         pytest.importorskip("triton")
     environment = os.environ | {ENGINE_VARIABLE: name, "TRITON_INTERPRET": str(int(name == "triton"))}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_steps.py"]
-    command += ["tests/test_last_layer.py", "tests/test_moments.py", "tests/test_engines.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/capo/test_steps.py"]
+    command += ["tests/capo/test_last_layer.py", "tests/capo/test_moments.py", "tests/capo/test_engines.py"]
     command += [
         "-k",
         "not sgd and not every_engine and not threads and not blocks and not materialised and not scratch",

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ import torch
 import oracle
 import tiny_trainer
 from open_r1_capo.budget.rules import AdaptedRate, NormGuard
-from open_r1_capo.capo import rivals
-from open_r1_capo.settings.capo import CAPOConfig, ConfigError
-from open_r1_capo.training.update import draw
+from open_r1_capo.capo import rules
+from open_r1_capo.settings.capo import ConfigError, capo_config
+from open_r1_capo.training.update import step_generator as draw
 
 
 def test_log_probability_of_the_full_policy():
@@ -25,20 +26,21 @@ def test_log_probability_of_the_full_policy():
         batch.features, batch.token_ids, on_support / mass[:, None], batch.action_index, batch.advantages
     )
     sampled = batch.token_ids.gather(1, batch.action_index[:, None])
-    assert torch.allclose(rivals.action_log_prob(batch, mass.log()), full.gather(1, sampled)[:, 0].log(), rtol=1e-12)
+    assert torch.allclose(batch.action_log_prob(mass.log()), full.gather(1, sampled)[:, 0].log(), rtol=1e-12)
 
 
 def test_probability_weight():
     prob = torch.tensor([1.0, 0.5, 0.01], dtype=torch.float64)
+    tokens = SimpleNamespace(action_log_prob=lambda log_mass: prob.log())
     expected = [0.3 * p + 0.7 for p in prob.tolist()]
-    assert rivals.probability_weight(prob.log(), 0.3).tolist() == pytest.approx(expected, rel=1e-12)
-    assert rivals.probability_weight(prob.log(), 0.0).tolist() == [1.0] * 3
+    assert rules.Probability(0.3).weight(tokens, None, None).tolist() == pytest.approx(expected, rel=1e-12)
+    assert rules.Probability(0.0).weight(tokens, None, None).tolist() == [1.0] * 3
 
 
 def test_covariance_sums_to_the_covariance():
     torch.manual_seed(0)
     log_prob, advantages = -torch.rand(50, dtype=torch.float64), torch.randn(50, dtype=torch.float64)
-    found = rivals.covariance(log_prob, advantages)
+    found = rules.covariance(log_prob, advantages)
     assert found.mean() == pytest.approx(float(torch.cov(torch.stack([log_prob, advantages]), correction=0)[0, 1]))
     mean_a, mean_p = sum(advantages.tolist()) / 50, sum(log_prob.tolist()) / 50
     assert float(found[7]) == pytest.approx((float(advantages[7]) - mean_a) * (float(log_prob[7]) - mean_p))
@@ -46,39 +48,40 @@ def test_covariance_sums_to_the_covariance():
 
 def test_covariance_weight_leaves_random_candidates_out():
     cov = torch.linspace(-2, 8, 1001, dtype=torch.float64)
-    weight = rivals.covariance_weight(cov, 0.05, (1.0, 5.0), draw(0, 3))
+    weight = rules.Covariance(0.05, 1.0, 5.0).leave_out(cov, draw(0, 3))
     out = cov[weight == 0]
     assert len(out) == 50
     assert out.min() > 1
     assert out.max() < 5
-    assert torch.equal(weight, rivals.covariance_weight(cov, 0.05, (1.0, 5.0), draw(0, 3)))
-    assert not torch.equal(weight, rivals.covariance_weight(cov, 0.05, (1.0, 5.0), draw(0, 4)))
-    assert (rivals.covariance_weight(cov, 1e-9, (1.0, 5.0)) == 0).sum() == 1  # at least one, as the authors' code
-    assert (rivals.covariance_weight(cov, 1.0, (1.0, 5.0)) == 0).sum() == 399
-    assert (rivals.covariance_weight(cov, 0.5, (9.0, 10.0)) == 0).sum() == 0
-    assert (rivals.covariance_weight(cov, 0.0, (1.0, 5.0)) == 0).sum() == 0
+    assert torch.equal(weight, rules.Covariance(0.05, 1.0, 5.0).leave_out(cov, draw(0, 3)))
+    assert not torch.equal(weight, rules.Covariance(0.05, 1.0, 5.0).leave_out(cov, draw(0, 4)))
+    assert (rules.Covariance(1e-9, 1.0, 5.0).leave_out(cov) == 0).sum() == 1  # at least one, as the authors' code
+    assert (rules.Covariance(1.0, 1.0, 5.0).leave_out(cov) == 0).sum() == 399
+    assert (rules.Covariance(0.5, 9.0, 10.0).leave_out(cov) == 0).sum() == 0
+    assert (rules.Covariance(0.0, 1.0, 5.0).leave_out(cov) == 0).sum() == 0
 
 
 def test_norm_of_a_tokens_gradient():
     """Against autograd on an explicit W; the clipped gradient is at most as long as the bound."""
     batch, weight = oracle.random_batch()
-    norm = rivals.gradient_norm(batch)
-    clip = rivals.norm_weight(norm, 0.8)
+    norm = batch.gradient_norm()
+    clip = rules.GradientNorm(0.8).weight(batch, None, None)
     for i in range(len(batch)):
         gradient = oracle.token_gradient(weight, batch, i)
         assert float(norm[i]) == pytest.approx(float(gradient.norm()), rel=1e-9)
         assert float((clip[i] * gradient).norm()) == pytest.approx(min(0.8, float(gradient.norm())), rel=1e-9)
     assert 0 < (clip < 1).sum() < len(batch)
-    assert (rivals.norm_weight(norm, math.inf) == 1).all()
-    assert rivals.norm_weight(torch.zeros(1), 0.8).item() == 1
+    assert (rules.GradientNorm().weight(batch, None, None) == 1).all()
+    still = SimpleNamespace(gradient_norm=lambda: torch.zeros(1))
+    assert rules.GradientNorm(0.8).weight(still, None, None).item() == 1
 
 
 def test_the_rate_follows_the_measured_kl():
     rate = AdaptedRate(1e-3)
     found = []
     for kl in (5e-3, 3e-3, 1.9e-3, 6e-4, 4e-4, 4e-4, 4e-4, math.nan):
-        rate.calibrate(kl, predicted_kl=0.0)
-        found.append(rate.scale(123.0))
+        rate.observe(kl, predicted_kl=0.0)
+        found.append(rate.factor(123.0))
     s = 1 / 1.5
     assert found == pytest.approx([s, s**2, s**2, s**2, s, 1, 1, s])
 
@@ -105,13 +108,13 @@ def test_an_unusual_gradient_is_skipped():
         ({"mode": "gradient_norm", "max_token_gradient": 0}, "max_token_gradient must be greater than 0"),
         ({"skip_gradient_norm": 1.0}, "skip_gradient_norm must be greater than 1"),
         ({"step_rule": "adapt"}, "step_rule=adapt needs a KL to aim at"),
-        ({"step_rule": "adapt", "step_policy_shift": 1e-3, "measure_kl": 0}, "follows the measured KL"),
+        ({"step_rule": "adapt", "step_policy_shift": 1e-3, "measure_kl": 0}, "step_rule=adapt needs the measured KL"),
         ({"step_rule": "plane"}, "step_rule must be one of plan, adapt"),
     ],
 )
 def test_bad_settings_are_one_sentence(settings, message):
     with pytest.raises(ConfigError, match=message):
-        CAPOConfig(**settings)
+        capo_config(**settings)
 
 
 NEUTRAL = {
@@ -133,8 +136,8 @@ def test_a_rival_that_changes_nothing_is_trl(build, mode):
 
 def parts_of(trainer):
     """Every micro-batch of a training, as it was judged."""
-    parts, judge = [], trainer._judge
-    trainer._judge = lambda *args: (parts.append(judge(*args)), parts[-1])[1]
+    parts, judge = [], trainer._weigh_tokens
+    trainer._weigh_tokens = lambda *args: (parts.append(judge(*args)), parts[-1])[1]
     trainer.train()
     return parts
 
@@ -153,7 +156,7 @@ def test_each_rival_weighs_the_tokens(build):
         tokens = part.tokens
         policy = (tokens.features.double() @ head.T).softmax(1)
         sampled = tokens.token_ids.gather(1, tokens.action_index[:, None])
-        prob, weight = policy.gather(1, sampled)[:, 0], part.selection.weight
+        prob, weight = policy.gather(1, sampled)[:, 0], part.by_rule.weight
         if mode == "probability":
             assert torch.allclose(weight.double(), 0.4 * prob + 0.6, atol=1e-6)
         elif mode == "gradient_norm":
@@ -180,7 +183,7 @@ def test_entropy_rule_is_observed(build):
     assert torch.equal(tiny_trainer.parameters(plain), tiny_trainer.parameters(ours))
     for part, row in zip(parts, tiny_trainer.history(ours), strict=True):
         high = part.entropy >= torch.quantile(part.entropy, 0.7)
-        assert torch.equal(part.taken.weight == 1, high)
+        assert torch.equal(part.in_step.weight == 1, high)
         assert row["capo/rejected_frac_other"] == pytest.approx(1 - float(high.float().mean()))
 
 

@@ -21,10 +21,10 @@ from transformers import TrainingArguments
 
 from open_r1_capo.cluster import job, launch, layout, node
 from open_r1_capo.cluster.layout import LaunchError, Place, resolve
+from open_r1_capo.runs.exit import PREEMPTED
 from open_r1_capo.settings import run as configs
 from open_r1_capo.settings.recipes import compose_recipe
 from open_r1_capo.settings.run import ConfigError, build
-from open_r1_capo.training.preemption import PREEMPTED
 
 ROOT = Path(__file__).resolve().parents[2]
 SEVEN = [

@@ -8,7 +8,7 @@ import pytest
 import synthetic_runs
 from open_r1_capo.experiments import archive
 from open_r1_capo.experiments import spec as experiments
-from open_r1_capo.runs.folder import SUMMARY
+from open_r1_capo.runs.run import SUMMARY
 
 
 @pytest.fixture

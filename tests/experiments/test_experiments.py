@@ -10,7 +10,7 @@ from open_r1_capo.experiments import spec as experiments
 from open_r1_capo.experiments import sweep
 from open_r1_capo.experiments.spec import Arm, Experiment, ExperimentError, known_experiments, load
 from open_r1_capo.runs import outcomes
-from open_r1_capo.runs.folder import SUMMARY
+from open_r1_capo.runs.run import SUMMARY
 
 
 @pytest.fixture

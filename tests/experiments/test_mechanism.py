@@ -10,7 +10,7 @@ import torch
 import oracle
 import pages
 from open_r1_capo import grpo
-from open_r1_capo.capo.selection import TrustRegion
+from open_r1_capo.capo import Mask
 from open_r1_capo.experiments import counterfactual, mechanism
 from open_r1_capo.experiments.counterfactual import ARMS, Counterfactual, gradient_split, shuffled, summary
 from open_r1_capo.settings.recipes import compose_recipe
@@ -46,7 +46,7 @@ def test_the_sum_of_some_tokens_gradients(seed):
 def test_a_random_set_of_the_same_size():
     shifts = torch.linspace(0, 2, 40)
     moving = torch.arange(40) % 4 != 0
-    selection = TrustRegion(1.5).select(shifts * moving, torch.zeros(40))
+    selection = Mask(1.5).judge(shifts * moving, torch.zeros(40))
     found = shuffled(selection, moving, torch.Generator().manual_seed(0))
     assert (found.weight == 0).sum() == (selection.weight == 0).sum() > 3
     assert not torch.equal(found.weight, selection.weight)
@@ -139,10 +139,10 @@ def test_an_arm_changes_the_rule_and_nothing_else(recipe, bound, tmp_path, monke
     (tmp_path / "config.yaml").write_text(json.dumps(settings))
     taken = {}
     monkeypatch.setattr(counterfactual, "build", lambda settings: taken.update(settings) or build(settings))
-    monkeypatch.setattr(counterfactual.grpo, "make_trainer", lambda *args, **kwargs: None)
+    monkeypatch.setattr(counterfactual, "make_trainer", lambda *args, **kwargs: None)
     monkeypatch.setattr(counterfactual, "base_policy", lambda settings: tmp_path)
-    monkeypatch.setattr(counterfactual.grpo, "load_tokenizer", lambda model: None)
-    monkeypatch.setattr(counterfactual.grpo, "load_dataset", lambda *args: None)
+    monkeypatch.setattr(counterfactual, "load_tokenizer", lambda model: None)
+    monkeypatch.setattr(counterfactual, "load_dataset", lambda *args: None)
     for arm, mode in (("none", "observe"), ("mask", "mask"), ("scale", "scale")):
         Counterfactual(tmp_path, problems=1)._trainer(arm)
         capo = taken["capo"]

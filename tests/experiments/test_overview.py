@@ -9,7 +9,7 @@ import pytest
 import synthetic_runs
 from open_r1_capo.experiments import spec as experiments
 from open_r1_capo.experiments.figures import draw as figures
-from open_r1_capo.runs.folder import SUMMARY
+from open_r1_capo.runs.run import SUMMARY
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import torch
 from processes import descendants, folder_of, goes_on, lines, train, until
 from safetensors.torch import load_file
 
+from open_r1_capo.runs.checkpoints import newest_complete
 from open_r1_capo.runs.folder import RunFolder
-from open_r1_capo.training.checkpoint import newest_complete
 from test_grpo import command, finished, metrics  # noqa: F401, `finished` is a fixture
 
 # --- the disk --------------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def test_the_disk_is_full_within_a_checkpoint(start, whole, disk, tmp_path, rng)
     saved, notes = newest_complete(folder / "checkpoints")
     assert saved.name == "checkpoint-2"
     print(notes, lines(folder))
-    assert [row["step"] for row in RunFolder(folder).read_metrics()] == list(range(1, lines(folder) + 1))
+    assert [row["step"] for row in RunFolder(folder).metrics()] == list(range(1, lines(folder) + 1))
     if root:
         disk(16 * one)
     goes_on(start(root=root or tmp_path), folder, whole, known=f"going on from {saved}")

@@ -30,7 +30,7 @@ from processes import (
 )
 from test_preemption import signalled, test_a_stopped_run_resumes_bit_for_bit  # SIGTERM and SIGUSR1 in mid-step
 
-from open_r1_capo.training.checkpoint import damage, newest_complete
+from open_r1_capo.runs.checkpoints import find_damage, newest_complete
 from open_r1_capo.training.generation.choice import VLLM_PYTHON
 from test_grpo import command, finished, metrics, same_run
 
@@ -60,7 +60,7 @@ def test_the_trainer_is_killed_while_it_writes_a_checkpoint(start, whole, tmp_pa
         if torn:
             break
         shutil.rmtree(folder)
-    assert damage(torn) == "it was cut off while being written"
+    assert find_damage(torn) == "it was cut off while being written"
     saved, _ = newest_complete(folder / "checkpoints")
     known = f"{torn} is not usable: it was cut off while being written; going on from {saved or 'the beginning'}"
     goes_on(start(), folder, whole, known=known)

@@ -269,7 +269,7 @@ def folder_of(root):
 
 
 def lines(folder):
-    return len(RunFolder(folder).read_metrics())
+    return len(RunFolder(folder).metrics())
 
 
 def reached(process, folder, step):

@@ -50,7 +50,7 @@ def run_folder(tmp_path):
     (folder / "config.yaml").write_text("recipe: capo_aggressive\nscale: lab\nseed: 0\nenvironment: {}\n")
     settings = {"recipe": "capo_aggressive", "scale": "lab", "seed": 0}
     accuracy = {"accuracy": 0.2, "standard_error": 0.01, "n": 500}
-    summary = report.summarise(settings, RunFolder(folder).read_metrics(), accuracy, accuracy)
+    summary = report.summarise(settings, RunFolder(folder).metrics(), accuracy, accuracy)
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 

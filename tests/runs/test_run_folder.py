@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from open_r1_capo.runs import folder as run_folder
-from open_r1_capo.runs.folder import SUMMARY, RunFolder, RunFolderError
+from open_r1_capo.runs.folder import RunFolder, RunFolderError
+from open_r1_capo.runs.run import SUMMARY
 
 SETTINGS = {"recipe": "capo_aggressive", "learning_rate": 1.0}
 ANOTHER = """
@@ -81,15 +82,15 @@ def test_a_new_folder_can_be_read_like_its_neighbours(path):
 def test_metrics_end_at_the_first_line_that_is_none(path, end):
     path.mkdir(parents=True)
     (path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + end)
-    assert RunFolder(path).read_metrics() == [{"step": 1}]
+    assert RunFolder(path).metrics() == [{"step": 1}]
     (path / "metrics.jsonl").rename(path / "eval.jsonl")
-    assert RunFolder(path).read_evaluations() == [{"step": 1}]
+    assert RunFolder(path).evaluations() == [{"step": 1}]
 
 
 @pytest.mark.parametrize("content", ["{}", '{"steps": 1}', "[1]", '{"recipe": "capo_agg'])
 def test_a_summary_has_all_that_is_shown_of_it(path, content):
     path.mkdir(parents=True)
     (path / "summary.json").write_text(content)
-    assert RunFolder(path).finished() is None
+    assert RunFolder(path).summary is None
     (path / "summary.json").write_text(json.dumps(dict.fromkeys(SUMMARY)))
-    assert RunFolder(path).finished().keys() == set(SUMMARY)
+    assert RunFolder(path).summary.keys() == set(SUMMARY)

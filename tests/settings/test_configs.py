@@ -5,7 +5,7 @@ import math
 import pytest
 
 from open_r1_capo.settings.recipes import RECIPES, compose_recipe, known_recipes
-from open_r1_capo.settings.run import CAPOConfig, ConfigError, build
+from open_r1_capo.settings.run import ConfigError, build, capo_config
 
 PAPER = {  # Table 4
     "capo_aggressive": (1e-4, 1e-2),
@@ -61,7 +61,7 @@ def test_the_papers_settings(recipe, size):
     """Tables 2, 3 and 4."""
     settings = compose_recipe(recipe, [f"scale=qwen2.5-math-{size}"])
     run, args = build(settings | NO_GPU)
-    assert (run.capo.max_policy_shift, run.capo.max_objective_shift) == PAPER[recipe]
+    assert (run.capo.rule.max_policy_shift, run.capo.rule.max_objective_shift) == PAPER[recipe]
     assert run.capo.min_objective_shift is None
     assert (run.capo.optimizer_model, run.capo.top_k, run.capo.denominator) == ("adam", 50, "kept")
     assert (args.learning_rate, run.completions_per_step, args.max_steps, args.num_generations) == (1.5e-5, 96, 100, 8)
@@ -206,12 +206,12 @@ def test_what_each_recipe_trains(recipe, scale):
     found = (args.loss_type, args.scale_rewards, run.advantage_baseline, run.capo.mode, run.capo.denominator)
     assert found == METHODS[recipe]
     assert run.regime == ("conservative" if "conservative" in recipe else "aggressive")
-    assert run.capo.plans_steps == (recipe.endswith("_planned") or recipe == "grpo_adapted")
+    assert run.capo.step.acts == (recipe.endswith("_planned") or recipe == "grpo_adapted")
     assert run.capo.absent_rows == ("decay" if recipe.endswith("_planned") else "hold")
     own = {
         "grpo_entropy": args.top_entropy_quantile < 1, "grpo_kl": args.beta > 0,
-        "grpo_norm_skip": math.isfinite(run.capo.skip_gradient_norm), "grpo_adapted": run.capo.step_rule == "adapt",
-        "grpo_token_norm": math.isfinite(run.capo.max_token_gradient),
+        "grpo_norm_skip": math.isfinite(run.capo.skip_gradient_norm), "grpo_adapted": run.capo.step.name == "adapt",
+        "grpo_token_norm": run.capo.mode == "gradient_norm",
     }  # fmt: skip
     assert own == {name: name == recipe for name in own}
     assert run.capo.moment_average == "per_logit"
@@ -274,6 +274,6 @@ def test_processes_share_the_completions(monkeypatch):
 
 def test_feedback_needs_a_measurement():
     with pytest.raises(ConfigError, match="needs the measured KL"):
-        CAPOConfig(mode="observe", absent_rows="decay", step_policy_shift=1e-3, measure_kl=0)
-    CAPOConfig(mode="observe", absent_rows="decay", step_policy_shift=1e-3, measure_kl=0, step_feedback=False)
-    assert not CAPOConfig(mode="observe", step_policy_shift=math.inf).plans_steps
+        capo_config(mode="observe", absent_rows="decay", step_policy_shift=1e-3, measure_kl=0)
+    capo_config(mode="observe", absent_rows="decay", step_policy_shift=1e-3, measure_kl=0, step_feedback=False)
+    assert not capo_config(mode="observe", step_policy_shift=math.inf).step.acts

@@ -8,13 +8,13 @@ import pytest
 import torch
 from trl.rewards import accuracy_reward
 
-from open_r1_capo.grpo import load_dataset
 from open_r1_capo.settings.recipes import RECIPES, compose_recipe
 from open_r1_capo.settings.run import ConfigError, build
 from open_r1_capo.tasks.lab import task
 from open_r1_capo.tasks.lab.policy import base_policy
 from open_r1_capo.tasks.lab.pretrain import LabSettings, _batch, _loss, _weights, build_model
 from open_r1_capo.tasks.lab.tokenizer import build_tokenizer, vocabulary
+from open_r1_capo.training.build import load_dataset
 
 FILLED = task.Mixture(filler_words=5, filler_vocabulary=40)
 SCALES = sorted(path.stem for path in (RECIPES / "scale").glob("lab_*.yaml"))

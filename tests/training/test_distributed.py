@@ -50,14 +50,14 @@ def varied(inputs):
     batch["advantages"] = (rows % 4 - 1.5) * torch.where(rows % 3 == 0, -1.0, 1.0)
     return batch
 trainer._generate_and_score_completions = varied
-judge = trainer._judge
-def judged(hidden, input_ids, attention_mask, entropies):
-    part = judge(hidden, input_ids, attention_mask, entropies)
-    weights = part.selection.weight.split(part.mask.sum(1).tolist())
+judge = trainer._weigh_tokens
+def judged(inputs, hidden, input_ids, attention_mask, entropies):
+    part = judge(inputs, hidden, input_ids, attention_mask, entropies)
+    weights = part.by_rule.weight.split(part.mask.sum(1).tolist())
     for ids, mask, weight in zip(input_ids, part.mask, weights):
         texts[str(trainer.state.global_step) + str(ids[-part.mask.shape[1]:][mask].tolist())] = weight.tolist()
     return part
-trainer._judge = judged
+trainer._weigh_tokens = judged
 trainer.train()
 rank = trainer.accelerator.process_index
 state = trainer.step_model.state_dict()
@@ -172,14 +172,14 @@ ENTRY = """
 import json, os, sys
 from pathlib import Path
 from open_r1_capo import grpo
-from open_r1_capo.training import trainer
+from open_r1_capo.training import run, trainer
 from open_r1_capo.training.generation import choice
 sys.path.insert(0, {benchmarks!r})
 from rank_worker import shard_on_cpus
 
 choice.vllm_python = lambda: Path(sys.executable)
 os.environ["PYTHONPATH"] = {stand_ins!r}  # of the engines, not of this process
-make, draw, drawn = grpo.make_trainer, trainer.CAPOTrainer._generate_and_score_completions, []
+make, draw, drawn = run.make_trainer, trainer.CAPOTrainer._generate_and_score_completions, []
 
 def make_sharded(*args, **kwargs):
     shard_on_cpus()
@@ -191,7 +191,7 @@ def noted(self, inputs):
         drawn.append([self.state.global_step, ids[mask].tolist()])
     return batch
 
-grpo.make_trainer, trainer.CAPOTrainer._generate_and_score_completions = make_sharded, noted
+run.make_trainer, trainer.CAPOTrainer._generate_and_score_completions = make_sharded, noted
 code = grpo.main(sys.argv[2:])
 Path(sys.argv[1] + os.environ.get("RANK", "0")).write_text(json.dumps(drawn))
 sys.exit(code)

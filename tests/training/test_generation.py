@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from open_r1_capo import grpo
-from open_r1_capo.training.checkpoint import newest_complete
+from open_r1_capo.runs.checkpoints import newest_complete
 from open_r1_capo.training.generation import adapter, backend, choice, serve
 from open_r1_capo.training.generation.backend import GenerationError, Sampling, Unavailable, retry
 from open_r1_capo.training.generation.colocate import WORKER, VLLMChild

@@ -60,7 +60,7 @@ def test_a_step_is_measured_against_the_full_policies(build):
         per_device_train_batch_size=4, gradient_accumulation_steps=2,
     )  # fmt: skip
     before, expected = [], []
-    judge, after = trainer._judge, trainer.after_step
+    judge, after = trainer._weigh_tokens, trainer.after_step
 
     def policy(part, features=None):
         with torch.no_grad():
@@ -84,7 +84,7 @@ def test_a_step_is_measured_against_the_full_policies(build):
             objective.append(part.tokens.advantages * (new.gather(1, action) - old.gather(1, action)).expm1()[:, 0])
             pairs += [
                 (float(k), float(m))
-                for k, m, a in zip(kl[-1], part.selection.policy_shift, part.tokens.advantages, strict=True)
+                for k, m, a in zip(kl[-1], part.by_rule.policy_shift, part.tokens.advantages, strict=True)
                 if a != 0
             ]
         means = [float(torch.cat(values).mean()) for values in (kl, head, objective)]
@@ -92,7 +92,7 @@ def test_a_step_is_measured_against_the_full_policies(build):
         before.clear()
         after()
 
-    trainer._judge, trainer.after_step = judged, then_compare
+    trainer._weigh_tokens, trainer.after_step = judged, then_compare
     trainer.train()
     for row, (kl, head, objective, correlation) in zip(tiny_trainer.history(trainer), expected, strict=True):
         assert row["capo/measured_kl"] == pytest.approx(kl, rel=1e-3)
@@ -118,7 +118,7 @@ def test_a_measurement_that_failed_is_not_a_kl_of_0(build):
     trainer = build({"mode": "observe"}, max_steps=1)
     found = []
     after = trainer.after_step
-    trainer.after_step = lambda: (found.append(list(trainer._parts)), after())
+    trainer.after_step = lambda: (found.append(list(trainer.update.micro_batches)), after())
     trainer.train()
     (part,) = found[0]
     n = len(part.tokens)

@@ -15,8 +15,9 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from open_r1_capo import grpo
-from open_r1_capo.training.checkpoint import newest_complete
-from open_r1_capo.training.preemption import PREEMPTED, Preempted, Preemption
+from open_r1_capo.runs.checkpoints import newest_complete
+from open_r1_capo.runs.exit import PREEMPTED
+from open_r1_capo.training.preemption import Preempted, Preemption
 from open_r1_capo.training.trainer import CAPOTrainer
 from test_grpo import command, finished, metrics, same_run  # noqa: F401, `finished` is a fixture
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from open_r1_capo import grpo
+from open_r1_capo.runs.checkpoints import newest_complete, seal
 from open_r1_capo.runs.folder import RunFolder
-from open_r1_capo.training import callbacks, checkpoint
+from open_r1_capo.training import callbacks, run
+from open_r1_capo.training import trainer as capo_trainer
 from open_r1_capo.training.callbacks import RunCallback
-from open_r1_capo.training.checkpoint import newest_complete, seal
 from test_grpo import command, refused
 
 
@@ -37,7 +38,7 @@ def contents(root):
 
 def test_another_number_of_processes_is_refused(stopped, lab_policy, capsys, monkeypatch):
     before = contents(stopped)
-    monkeypatch.setattr(grpo, "make_trainer", None)  # nothing is loaded for a run that will not be
+    monkeypatch.setattr(run, "make_trainer", None)  # nothing is loaded for a run that will not be
     error = refused(capsys, *arguments(stopped, lab_policy))
     assert "checkpoint-2 was written by 2 processes, and this launch has 1: they would draw other completions" in error
     assert "launch 2, or accept that with allow_other_processes=true" in error
@@ -75,7 +76,7 @@ def test_deepspeeds_shards_fit_one_number(stopped, lab_policy, capsys, tmp_path)
     ],
 )
 def test_no_room_is_said_in_a_sentence(error, sentence):
-    found = grpo.explain(error)
+    found = run.explain(error)
     assert found == f"{sentence}: make room, then the same command goes on from the last complete checkpoint"
 
 
@@ -95,7 +96,7 @@ def test_a_policy_that_stands_still_is_told_once(tmp_path, capsys):
 def test_no_checkpoint_goes_before_the_next_is_complete(build, monkeypatch):
     """A run dies just before it seals one, beside a torn one: of two that are kept, the complete one is there."""
     trainer = build({"mode": "observe"}, max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=2)
-    folder, whole = Path(trainer.args.output_dir), checkpoint.seal
+    folder, whole = Path(trainer.args.output_dir), capo_trainer.seal
 
     def tear_or_die(path, processes):
         if path.name == "checkpoint-2":
@@ -103,11 +104,11 @@ def test_no_checkpoint_goes_before_the_next_is_complete(build, monkeypatch):
         whole(path, processes)
         (folder / "checkpoint-9").mkdir()  # as a killed run leaves one behind
 
-    monkeypatch.setattr(checkpoint, "seal", tear_or_die)
+    monkeypatch.setattr(capo_trainer, "seal", tear_or_die)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert newest_complete(folder)[0].name == "checkpoint-1"
-    monkeypatch.setattr(checkpoint, "seal", whole)
+    monkeypatch.setattr(capo_trainer, "seal", whole)
     trainer._save_checkpoint(trainer.model, None)
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-2"}
     assert newest_complete(folder)[0].name == "checkpoint-2"

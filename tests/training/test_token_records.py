@@ -33,8 +33,8 @@ def test_a_record_holds_what_the_trainer_saw(build, tmp_path, tiny_tokenizer):
         bounds, records=records(tmp_path, tiny_tokenizer), max_steps=1, learning_rate=1e-3,
         per_device_train_batch_size=4, gradient_accumulation_steps=2,
     )  # fmt: skip
-    parts, judge = [], trainer._judge
-    trainer._judge = lambda *args: (parts.append(judge(*args)), parts[-1])[1]
+    parts, judge = [], trainer._weigh_tokens
+    trainer._weigh_tokens = lambda *args: (parts.append(judge(*args)), parts[-1])[1]
     trainer.train()
     (row,) = tiny_trainer.history(trainer)
     record = read(tmp_path / "tokens", "first")
@@ -71,7 +71,7 @@ def check_completion(part, i, completion, length, after, tokenizer):
     prob = tokens.probs.gather(1, tokens.action_index[:, None])[:, 0] * part.log_mass.exp()
     new = after.gather(1, part.input_ids[:, -part.mask.shape[1] :][part.mask][:, None])[:, 0].exp()
     norm = (tokens.advantages.abs() * tokens.score.norm(dim=1) * tokens.features.norm(dim=1))[rows]
-    selection = part.selection
+    selection = part.by_rule
     reason = selection.over_policy * 1 + selection.over_objective * 2 + selection.non_finite * 4 + selection.other * 8
     expected = {
         "prob": prob[rows], "prob_after": new[rows], "entropy": part.entropy[rows], "gradient_norm": norm,

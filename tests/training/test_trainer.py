@@ -63,18 +63,18 @@ def test_one_micro_batch_is_committed_by_the_engine(build, monkeypatch):
 
 def fixed_selection(trainer, rejected_share, seed=0):
     """Let the trainer reject given tokens, whatever their shifts; returns the masks it was asked for."""
-    rng, judge, kept = torch.Generator().manual_seed(seed), trainer._judge, []
+    rng, judge, kept = torch.Generator().manual_seed(seed), trainer._weigh_tokens, []
 
     def judged(*args):
         part = judge(*args)
         keep = (torch.rand(part.mask.shape, generator=rng) > rejected_share) & part.mask
         keep[0] = False  # a whole sequence
         kept.append(keep)
-        columns = [v for k, v in vars(part.selection).items() if k != "weight"]
+        columns = [v for k, v in vars(part.by_rule).items() if k != "weight"]
         selection = TokenSelection(keep[part.mask].float(), *columns)
-        return type(part)(**{**vars(part), "selection": selection})
+        return type(part)(**{**vars(part), "by_rule": selection})
 
-    trainer._judge = judged
+    trainer._weigh_tokens = judged
     return kept
 
 
@@ -124,8 +124,8 @@ def test_denominator_all_divides_by_every_token(build):
         full_length = {"min_new_tokens": 6}
         capo = {"mode": "mask", "denominator": denominator}
         trainer = build(capo, max_steps=1, learning_rate=1e-3, generation_kwargs=full_length)
-        part_of = trainer._judge
-        trainer._judge = lambda *a, part_of=part_of: first_half_rejected(part_of(*a))
+        part_of = trainer._weigh_tokens
+        trainer._weigh_tokens = lambda *a, part_of=part_of: first_half_rejected(part_of(*a))
         found[denominator] = collect_gradients(trainer)
         trainer.train()
     kept, everything = found["kept"][0], found["all"][0]
@@ -136,8 +136,8 @@ def first_half_rejected(part):
     """Reject three of six tokens in every sequence."""
     assert part.mask.sum(1).eq(6).all()
     weight = torch.tensor([0.0, 1.0] * 3).repeat(len(part.mask))
-    columns = [v for k, v in vars(part.selection).items() if k != "weight"]
-    return type(part)(**{**vars(part), "selection": TokenSelection(weight, *columns)})
+    columns = [v for k, v in vars(part.by_rule).items() if k != "weight"]
+    return type(part)(**{**vars(part), "by_rule": TokenSelection(weight, *columns)})
 
 
 def test_rejected_tokens_have_no_influence(build):
@@ -175,7 +175,7 @@ def test_rejected_tokens_have_no_influence(build):
 def test_tool_tokens_take_no_part(build):
     """Tokens that TRL's `tool_mask` excludes are neither judged nor committed."""
     trainer = build({"mode": "mask"}, max_steps=1, generation_kwargs={"min_new_tokens": 6})
-    prepare, judge, parts = trainer._generate_and_score_completions, trainer._judge, []
+    prepare, judge, parts = trainer._generate_and_score_completions, trainer._weigh_tokens, []
 
     def with_tools(inputs):
         batch = prepare(inputs)
@@ -184,7 +184,7 @@ def test_tool_tokens_take_no_part(build):
         return batch
 
     trainer._generate_and_score_completions = with_tools
-    trainer._judge = lambda *args: (parts.append(judge(*args)), parts[-1])[1]
+    trainer._weigh_tokens = lambda *args: (parts.append(judge(*args)), parts[-1])[1]
     trainer.train()
     assert parts[0].mask.tolist() == [[True, True, False, False, True, True]] * 8
 
@@ -199,16 +199,16 @@ def test_every_step_is_logged_with_reused_completions(build):
 
 def masks_by_sequence(trainer):
     """Token weights of the first update, by completion text, whatever the order and the padding."""
-    found, judge = {}, trainer._judge
+    found, judge = {}, trainer._weigh_tokens
 
-    def judged(hidden, input_ids, attention_mask, entropies):
-        part = judge(hidden, input_ids, attention_mask, entropies)
-        weights = iter(part.selection.weight.split(part.mask.sum(1).tolist()))
+    def judged(inputs, hidden, input_ids, attention_mask, entropies):
+        part = judge(inputs, hidden, input_ids, attention_mask, entropies)
+        weights = iter(part.by_rule.weight.split(part.mask.sum(1).tolist()))
         for ids, attended, weight in zip(input_ids, attention_mask.bool(), weights, strict=True):
             found.setdefault(tuple(ids[attended].tolist()), []).append(weight)
         return part
 
-    trainer._judge = judged
+    trainer._weigh_tokens = judged
     return found
 
 
@@ -255,13 +255,13 @@ def test_micro_batches_padding_and_order_change_no_mask(build, monkeypatch):
 @pytest.mark.parametrize("granularity", ["sequence", "group", "batch"])
 def test_coarse_granularity_judges_its_members_alike(build, granularity):
     trainer = build({"mode": "mask", "granularity": granularity, "max_policy_shift": 1e-2}, learning_rate=1e-3)
-    parts, judge = [], trainer._judge
-    trainer._judge = lambda *args: (parts.append(judge(*args)), parts[-1])[1]
+    parts, judge = [], trainer._weigh_tokens
+    trainer._weigh_tokens = lambda *args: (parts.append(judge(*args)), parts[-1])[1]
     trainer.train()
     for part in parts:
         subset = part.tokens.subsets(granularity)
         for b in subset.unique():
-            assert len(part.selection.weight[subset == b].unique()) == 1
+            assert len(part.by_rule.weight[subset == b].unique()) == 1
     sizes = [len(part.tokens.subsets(granularity).unique()) for part in parts]
     assert sizes == [{"sequence": 8, "group": 2, "batch": 1}[granularity]] * 3
 

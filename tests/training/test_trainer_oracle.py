@@ -19,7 +19,7 @@ def test_a_whole_run_against_the_dense_oracle(build, average, absent):
         per_device_train_batch_size=4, gradient_accumulation_steps=2, max_completion_length=3,
     )  # fmt: skip
     first = torch.zeros(trainer.step_model.vocab_size, trainer.step_model.dim, dtype=torch.float64)
-    moments, parts, judge, commit, rejected = [first, first.clone()], [], trainer._judge, trainer._commit, []
+    moments, parts, judge, commit, rejected = [first, first.clone()], [], trainer._weigh_tokens, trainer._commit, []
 
     def recorded(*args):
         parts.append(judge(*args))
@@ -38,13 +38,13 @@ def test_a_whole_run_against_the_dense_oracle(build, average, absent):
                 if batch.advantages[i] != 0:  # the others need no shift
                     direction = oracle.adam_direction(*moments, gradient, step)
                     m_f, m_h, _ = oracle.shifts(weight, batch, [i], direction, lr)
-                    assert part.selection.policy_shift[i] == pytest.approx(float(m_f), rel=2e-2, abs=1e-5)
-                    assert part.selection.objective_shift[i] == pytest.approx(float(m_h), rel=2e-2, abs=1e-3)
-                if part.selection.weight[i] > 0:
+                    assert part.by_rule.policy_shift[i] == pytest.approx(float(m_f), rel=2e-2, abs=1e-5)
+                    assert part.by_rule.objective_shift[i] == pytest.approx(float(m_h), rel=2e-2, abs=1e-3)
+                if part.by_rule.weight[i] > 0:
                     total += gradient
                     count[batch.token_ids[i, oracle.occupied_slots(batch, i)]] += float(batch.advantages[i] != 0)
                     tokens += 1
-        rejected.append(torch.cat([part.selection.weight == 0 for part in parts]).double().mean().item())
+        rejected.append(torch.cat([part.by_rule.weight == 0 for part in parts]).double().mean().item())
         touched = total.abs().sum(1, keepdim=True) > 0
         mean = total / (count.clamp(min=1) if average == "per_logit" else max(1, tokens))
         for moment, beta, value in zip(moments, (0.9, 0.999), (mean, mean**2), strict=True):
@@ -55,7 +55,7 @@ def test_a_whole_run_against_the_dense_oracle(build, average, absent):
         assert (rows - moments[0][state["token_ids"]]).abs().max() < 1e-4 * moments[0].abs().max()
         parts.clear()
 
-    trainer._judge, trainer._commit = recorded, checked
+    trainer._weigh_tokens, trainer._commit = recorded, checked
     trainer.train()
     assert len(rejected) == 3
     assert 0.1 < rejected[0] < 0.9

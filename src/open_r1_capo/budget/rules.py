@@ -1,21 +1,25 @@
-"""How long the whole step may be: planned before it is taken, or learnt from the steps before, or not taken at all.
+"""Step rules: how long the whole step may be, decided before it is taken.
 
-`StepBudget` shortens the learning rate so that the update's predicted KL stays within a budget.
+| rule (`capo.step_rule`) | the coming step's rate | source |
+|---|---|---|
+| `plan` | α · min(1, √(δ_step / (c · m_F(batch)))): within a budget of predicted KL | ours, from Eq. 6 |
+| `adapt` | α · s, with s from the measured KL of the steps before | after arXiv 1707.06347, §4 |
 
 After the commit, the optimizer model knows the last layer's next step D. Its policy shift over the batch,
-m_F(batch) = ½ α² mean_i Var_{π_i}(D x_i) (Eq. 6 with the exact Fisher), predicts the KL of the update, and the step
-is taken with α' = α · min(1, √(δ_step / (c · m_F))). The paper uses this prediction to choose data only; here it
-chooses the length of the step.
+m_F(batch) = ½ α² mean_i Var_{π_i}(D x_i) (Eq. 6 with the exact Fisher), predicts the KL of the update. The paper uses
+this prediction to choose data only; `plan` chooses the length of the step with it. `adapt` and `NormGuard` are what
+one would do without a prediction: follow the KL of earlier steps, and skip an update with an unusually large gradient.
 
-`AdaptedRate` and `NormGuard` are what one would do without a prediction: follow the KL of the steps before, and skip
-an update whose gradient is far larger than usual.
+A rule is a dataclass whose fields are its settings, named as in the group `capo` of a recipe, and `calibration`, its
+state. To add one: write its class, name it in `STEP_RULES`, and give it a file in `recipes/budget/`.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 RATE = 0.3  # weight of the newest measurement in the running log-average
 LIMIT = math.log(1e3)  # the calibration stays within 1e±3
@@ -25,28 +29,49 @@ WINDOW, WARM = 32, 5  # norms that the guard remembers, and how many it wants be
 
 
 @dataclass
-class StepBudget:
-    """A budget of KL per update.
+class StepRule:
+    """Keep the predicted KL of each update within a budget, by a shorter step.
 
     Attributes:
-        max_policy_shift: δ_step in nats; inf leaves every step alone.
-        feedback: multiply the prediction by the running ratio c of measured to predicted KL.
+        step_policy_shift: δ_step in nats; inf leaves every step alone.
+        step_feedback: multiply the prediction by the running ratio c of measured to predicted KL.
         calibration: c, from 1.
     """
 
-    max_policy_shift: float = math.inf
-    feedback: bool = True
+    name: ClassVar[str] = "plan"
+    predicts: ClassVar[bool] = True  # relies on the optimizer model being that of the real optimizer
+    step_policy_shift: float = math.inf
+    step_feedback: bool = True
     calibration: float = 1.0
 
-    def scale(self, predicted_kl: float) -> float:
-        """Factor in (0, 1] for this step's learning rate, given m_F(batch) at the scheduled rate, in nats."""
-        expected = predicted_kl * (self.calibration if self.feedback else 1.0)
-        if not expected > self.max_policy_shift:
-            return 1.0
-        return math.sqrt(self.max_policy_shift / expected)
+    def __post_init__(self):
+        """Check the range.
 
-    def calibrate(self, measured_kl: float, predicted_kl: float) -> None:
-        """Update c with a step that was taken: its measured KL and m_F(batch) at the rate it was taken with."""
+        Raises:
+            ValueError: the budget is not positive.
+        """
+        if not self.step_policy_shift > 0:
+            raise ValueError(f"step_policy_shift must be greater than 0, got {self.step_policy_shift}")
+
+    @property
+    def acts(self) -> bool:
+        """Whether a step may be shortened."""
+        return math.isfinite(self.step_policy_shift)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the rule needs the measured KL of the steps."""
+        return self.acts and self.step_feedback
+
+    def factor(self, predicted_kl: float) -> float:
+        """Factor in (0, 1] for this step's learning rate, given m_F(batch) at the scheduled rate, in nats."""
+        expected = predicted_kl * (self.calibration if self.step_feedback else 1.0)
+        if not expected > self.step_policy_shift:
+            return 1.0
+        return math.sqrt(self.step_policy_shift / expected)
+
+    def observe(self, measured_kl: float, predicted_kl: float) -> None:
+        """Learn from a step that was taken: its measured KL, and m_F(batch) at the rate it was taken with."""
         if not (FLOOR < measured_kl < math.inf and FLOOR < predicted_kl < math.inf):
             return  # a step of almost no length says nothing
         log_c = (1 - RATE) * math.log(self.calibration) + RATE * (math.log(measured_kl) - math.log(predicted_kl))
@@ -54,50 +79,74 @@ class StepBudget:
 
 
 @dataclass
-class AdaptedRate:
-    """A learning rate that follows the measured KL of the step before: after PPO's adaptive KL (arXiv 1707.06347, §4).
+class AdaptedRate(StepRule):
+    """Let the rate follow the measured KL of the step before.
 
-    The rate is the schedule's times s. Nothing is predicted, so the first steps are unprotected by design, and so is
-    any step that is much longer than the one before.
+    Nothing is predicted, so the first steps are unprotected by design, and so is any step that is much longer than
+    the one before.
 
     Attributes:
-        target: the KL of an update to aim at, in nats.
+        step_policy_shift: the KL of an update to aim at, in nats; a target and no bound.
         calibration: s in (0, 1].
     """
 
-    target: float
-    calibration: float = 1.0
+    name: ClassVar[str] = "adapt"
+    predicts: ClassVar[bool] = False
+    step_feedback: bool = field(default=True, init=False)
 
-    def scale(self, predicted_kl: float) -> float:
-        """Factor in (0, 1] for this step's learning rate, whatever m_F(batch) predicts."""
+    def __post_init__(self):
+        """Check that there is a target."""
+        super().__post_init__()
+        if not self.acts:
+            raise ValueError("step_rule=adapt needs a KL to aim at: set capo.step_policy_shift")
+
+    def factor(self, predicted_kl: float) -> float:
+        """Factor in (0, 1] for this step's learning rate, whatever is predicted."""
         return self.calibration
 
-    def calibrate(self, measured_kl: float, predicted_kl: float) -> None:
+    def observe(self, measured_kl: float, predicted_kl: float) -> None:
         """Shorten the next step by 1.5 after a KL above twice the target, lengthen it after one below half of it."""
-        if not measured_kl <= 2 * self.target:  # also NaN
+        if not measured_kl <= 2 * self.step_policy_shift:  # also NaN
             self.calibration /= STRIDE
-        elif measured_kl < self.target / 2:
+        elif measured_kl < self.step_policy_shift / 2:
             self.calibration = min(1.0, self.calibration * STRIDE)
+
+
+STEP_RULES: dict[str, type[StepRule]] = {rule.name: rule for rule in (StepRule, AdaptedRate)}
+
+
+def step_settings(rule: type[StepRule]) -> tuple[str, ...]:
+    """The names of a step rule's settings."""
+    return tuple(one.name for one in fields(rule) if one.init and one.name != "calibration")
 
 
 @dataclass
 class NormGuard:
-    """Skips an update whose gradient is far larger than usual.
+    """Skip an update whose gradient is far larger than usual.
 
     Usual is the median norm of the last 32 updates that had a gradient. Skipped ones are among them, so that a norm
     that has grown for good stops no training; the first 5 are never skipped.
 
     Attributes:
-        factor: κ; an update is skipped if its norm exceeds κ times the median; inf is off.
+        skip_gradient_norm: κ > 1; an update is skipped if its norm exceeds κ times the median; inf is off.
         norms: of the updates so far, the newest last.
     """
 
-    factor: float = math.inf
+    skip_gradient_norm: float = math.inf
     norms: list[float] = field(default_factory=list)
+
+    def __post_init__(self):
+        """Check the range.
+
+        Raises:
+            ValueError: κ is not above 1.
+        """
+        if not self.skip_gradient_norm > 1:
+            raise ValueError(f"skip_gradient_norm must be greater than 1, got {self.skip_gradient_norm}")
 
     def skips(self, norm: float) -> bool:
         """Whether to skip an update with this gradient norm; it is remembered, once, whatever the answer."""
-        skip = len(self.norms) >= WARM and norm > self.factor * statistics.median(self.norms)
+        skip = len(self.norms) >= WARM and norm > self.skip_gradient_norm * statistics.median(self.norms)
         if 0 < norm < math.inf:  # a batch of equal rewards has no gradient, which is not a small one
             self.norms = [*self.norms, norm][-WINDOW:]
         return skip

@@ -103,9 +103,9 @@ def measured_seconds(folder: Path) -> dict[str, float]:
         PlanError: no metrics, or none of more than two steps.
     """
     run = RunFolder(folder)
-    if not run.metrics.is_file():
+    if not run.metrics_file.is_file():
         raise PlanError(f"{folder} has no metrics.jsonl: name the folder of a run")
-    lines = run.read_metrics()[2:]
+    lines = run.metrics()[2:]
     if not lines or not all("time/total" in line for line in lines):
         raise PlanError(f"{folder} has no seconds of more than two steps: let the run go on, or name another")
     return {name: statistics.median(line.get(key, 0.0) for line in lines) for key, name in CLOCKS.items()}

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from open_r1_capo.runs.exit import UserError
 
-class PlanError(ValueError):
+
+class PlanError(UserError, ValueError):
     """A plan that cannot be made; the message is one sentence for the user."""
 
 

@@ -79,6 +79,22 @@ class TokenBatch:
         """(N, K), A v: the token gradient of row j is this times x (Eq. 7)."""
         return self.advantages.to(self.dtype)[:, None] * self.score
 
+    def action_log_prob(self, log_mass: Tensor) -> Tensor:
+        """The sampled tokens' log-probabilities under the full policy.
+
+        Args:
+            log_mass: (N,), log of the policy's probability of the support.
+
+        Returns:
+            (N,), in nats, ≤ 0.
+        """
+        on_support = self.probs.to(self.dtype).gather(1, self.action_index[:, None])[:, 0]
+        return (on_support.log() + log_mass.to(self.dtype)).clamp(max=0)
+
+    def gradient_norm(self) -> Tensor:
+        """(N,), the norm ‖g‖ = |A| ‖v‖ ‖x‖ of each token's gradient of the last layer (Eq. 7), on its support."""
+        return self.advantages.to(self.dtype).abs() * self.score.norm(dim=1) * self.features.to(self.dtype).norm(dim=1)
+
     @property
     def occupied(self) -> Tensor:
         """(N, K) bool, the slots that hold a support id; padding has probability 0 and is not the action."""

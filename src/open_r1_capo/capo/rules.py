@@ -1,107 +1,257 @@
-"""Rival rules that act in CAPO's own regime: one update a batch, where every probability ratio is 1.
+"""Token rules: the weight of each token's gradient, and why.
 
-There the whole family of clipped ratios changes nothing; these rules do. Each is a weight on a token's gradient, as
-`selection.py`'s are, so that it can stand in for Eq. 11 with everything else equal.
-
-| rule | source | function |
+| rule (`capo.mode`) | weight of a token | source |
 |---|---|---|
-| advantage reweighting (AR) | arXiv 2505.12929 | `probability_weight` |
-| Clip-Cov | arXiv 2505.22617 | `covariance_weight` |
-| gradient-norm clipping, per token | Pascanu et al., arXiv 1211.5063, on each token's own gradient | `norm_weight` |
+| `observe` | 1: shifts are logged, nothing changes | |
+| `mask` | 0 outside the bounds on m_F and m_H | Eq. 11 |
+| `scale` | √(δ_F / m_F) above δ_F; 0 outside the bounds on m_H | ours |
+| `probability` | α π(a) + 1 - α: advantage reweighting (AR) | arXiv 2505.12929 |
+| `covariance` | 0 for a few random tokens of large Cov(log π, A): Clip-Cov | arXiv 2505.22617 |
+| `gradient_norm` | min(1, c / ‖g‖): clipping, token by token | after arXiv 1211.5063 |
+
+The last three are rivals that act in CAPO's own regime, one update a batch, where every probability ratio is 1 and
+clipped ratios change nothing.
+
+A rule is a dataclass whose fields are its settings, named as in the group `capo` of a recipe. To add one: write its
+class, name it in `RULES`, and give it a file in `recipes/rule/`. torch is imported where it is used, so that settings
+read a rule's fields without it.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, ClassVar
 
-from open_r1_capo.capo.last_layer import TokenBatch
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from open_r1_capo.capo.last_layer import TokenBatch
+    from open_r1_capo.capo.selection import TokenSelection
 
 
-def action_log_prob(batch: TokenBatch, log_mass: Tensor) -> Tensor:
-    """The sampled tokens' log-probabilities under the full policy.
+@dataclass(frozen=True)
+class TokenRule:
+    """Weigh every token 1 and log its shifts.
 
-    Args:
-        batch: N tokens.
-        log_mass: (N,), log of the policy's probability of the support.
-
-    Returns:
-        (N,), in nats, ≤ 0.
+    Attributes:
+        name: what `capo.mode` calls the rule.
+        weighs: whether the rule can change a gradient.
     """
-    on_support = batch.probs.to(batch.dtype).gather(1, batch.action_index[:, None])[:, 0]
-    return (on_support.log() + log_mass.to(batch.dtype)).clamp(max=0)
+
+    name: ClassVar[str] = "observe"
+    weighs: ClassVar[bool] = False
+
+    def select(
+        self,
+        tokens: TokenBatch,
+        log_mass: Tensor,
+        shifts: tuple[Tensor, Tensor],
+        generator: torch.Generator | None = None,
+    ) -> TokenSelection:
+        """Weigh the tokens of one micro-batch.
+
+        Args:
+            tokens: N tokens.
+            log_mass: (N,), log of the policy's probability of each support.
+            shifts: m_F and m_H, (N,) each.
+            generator: for a rule that draws, on the CPU.
+
+        Returns:
+            The weight of each token and the reason for it.
+        """
+        judged = observed(*shifts)
+        return replace(judged, weight=judged.weight.new_ones(judged.weight.shape))
 
 
-def probability_weight(log_prob: Tensor, alpha: float) -> Tensor:
-    """Advantage reweighting (arXiv 2505.12929): w = α π(a) + 1 - α, so that unlikely tokens count less.
+@dataclass(frozen=True)
+class Mask(TokenRule):
+    """Leave out the tokens outside the trust region of Eq. 11.
 
-    Args:
-        log_prob: (N,), from `action_log_prob`.
-        alpha: α in [0, 1]; 0 is off, the authors use 0.3.
+    Attributes:
+        max_policy_shift: δ_F, m_F ≤ δ_F; inf turns the bound off.
+        max_objective_shift: δ_H^high, the upper bound on m_H; inf turns the bound off.
+        min_objective_shift: δ_H, m_H ≥ δ_H; None is the symmetric form -δ_H < m_H < δ_H of App. J.
 
-    Returns:
-        (N,) in [1 - α, 1].
+    Raises:
+        ValueError: a bound that is not positive, or not above the lower one.
     """
-    return alpha * log_prob.exp() + (1 - alpha)
+
+    name: ClassVar[str] = "mask"
+    weighs: ClassVar[bool] = True
+    max_policy_shift: float = math.inf
+    max_objective_shift: float = math.inf
+    min_objective_shift: float | None = None
+
+    def __post_init__(self):
+        """Check the bounds."""
+        for key in ("max_policy_shift", "max_objective_shift"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"{key} must be greater than 0 (inf turns it off), got {getattr(self, key)}")
+        low = self.min_objective_shift
+        if low is not None and not low < self.max_objective_shift:
+            raise ValueError(f"min_objective_shift must be below max_objective_shift, got {low}")
+
+    def judge(self, policy_shift: Tensor, objective_shift: Tensor) -> TokenSelection:
+        """Judge N tokens by their shifts alone, (N,) each."""
+        judged = observed(policy_shift, objective_shift, self.max_policy_shift)
+        over_objective = ~judged.non_finite & ~self._objective_inside(objective_shift)
+        weight = self._weight(judged).masked_fill(over_objective | judged.non_finite, 0)
+        return replace(judged, weight=weight, over_objective=over_objective)
+
+    def select(self, tokens, log_mass, shifts, generator=None) -> TokenSelection:
+        """As `TokenRule.select`."""
+        return self.judge(*shifts)
+
+    def _weight(self, judged: TokenSelection) -> Tensor:
+        return (~judged.over_policy).to(judged.policy_shift.dtype)
+
+    def _objective_inside(self, shift: Tensor) -> Tensor:
+        if self.min_objective_shift is None:
+            return shift.abs() < self.max_objective_shift
+        return (shift >= self.min_objective_shift) & (shift <= self.max_objective_shift)
+
+
+@dataclass(frozen=True)
+class Scale(Mask):
+    """Shorten the tokens above δ_F instead of leaving them out; the bounds on m_H reject as in `Mask`.
+
+    Under SGD, √(δ_F / m_F) is the largest weight that keeps a token's own step inside. Adam's step is not linear in
+    the gradient: there the weighted token's step stays longer than δ_F allows.
+    """
+
+    name: ClassVar[str] = "scale"
+
+    def _weight(self, judged: TokenSelection) -> Tensor:
+        inside = (self.max_policy_shift / judged.policy_shift).sqrt().clamp(max=1)
+        return inside.where(judged.over_policy, inside.new_ones(()))
+
+
+class Rival(TokenRule, ABC):
+    """A rule that weighs by something else than the shifts; they are logged, and one that is not finite rejects."""
+
+    weighs: ClassVar[bool] = True
+
+    def select(self, tokens, log_mass, shifts, generator=None) -> TokenSelection:
+        """As `TokenRule.select`."""
+        return observed(*shifts).weighted(self.weight(tokens, log_mass, generator))
+
+    @abstractmethod
+    def weight(self, tokens: TokenBatch, log_mass: Tensor, generator: torch.Generator | None) -> Tensor:
+        """(N,) in [0, 1]; NaN leaves its token out."""
+
+
+@dataclass(frozen=True)
+class Probability(Rival):
+    """Advantage reweighting: unlikely tokens count less, w = α π(a) + 1 - α in [1 - α, 1].
+
+    Attributes:
+        probability_alpha: α in [0, 1]; 0 is off, the authors use 0.3.
+    """
+
+    name: ClassVar[str] = "probability"
+    probability_alpha: float = 0.3
+
+    def __post_init__(self):
+        """Check the range."""
+        _is_share(self, "probability_alpha")
+
+    def weight(self, tokens, log_mass, generator) -> Tensor:
+        """As `Rival.weight`."""
+        alpha = self.probability_alpha
+        return alpha * tokens.action_log_prob(log_mass).exp() + (1 - alpha)
+
+
+@dataclass(frozen=True)
+class Covariance(Rival):
+    """Clip-Cov: leave a few random tokens out among those with a large share of Cov(log π, A).
+
+    Attributes:
+        covariance_frac: r; max(1, ⌊r N⌋) tokens of a micro-batch are left out if there are as many candidates, as in
+            the authors' code; 0 is off.
+        covariance_low: only tokens with low < cov < high are candidates.
+        covariance_high: see covariance_low.
+    """
+
+    name: ClassVar[str] = "covariance"
+    covariance_frac: float = 2e-4
+    covariance_low: float = 1.0
+    covariance_high: float = 5.0
+
+    def __post_init__(self):
+        """Check the ranges."""
+        _is_share(self, "covariance_frac")
+        if not self.covariance_low < self.covariance_high:
+            raise ValueError(
+                f"covariance_low must be below covariance_high ({self.covariance_high}), got {self.covariance_low}"
+            )
+
+    def weight(self, tokens, log_mass, generator) -> Tensor:
+        """As `Rival.weight`: 0 or 1."""
+        return self.leave_out(covariance(tokens.action_log_prob(log_mass), tokens.advantages), generator)
+
+    def leave_out(self, cov: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """(N,), 0 for the tokens that are left out given their covariance (N,), else 1."""
+        import torch
+
+        weight = torch.ones_like(cov)
+        if self.covariance_frac > 0:
+            candidates = ((cov > self.covariance_low) & (cov < self.covariance_high)).nonzero()[:, 0]
+            order = torch.randperm(len(candidates), generator=generator).to(cov.device)
+            weight[candidates[order[: max(1, int(self.covariance_frac * len(cov)))]]] = 0
+        return weight
+
+
+@dataclass(frozen=True)
+class GradientNorm(Rival):
+    """Clip each token's gradient of the last layer to a norm: w = min(1, c / ‖g‖).
+
+    Attributes:
+        max_token_gradient: c; inf is off.
+    """
+
+    name: ClassVar[str] = "gradient_norm"
+    max_token_gradient: float = math.inf
+
+    def __post_init__(self):
+        """Check the range."""
+        if not self.max_token_gradient > 0:
+            raise ValueError(f"max_token_gradient must be greater than 0, got {self.max_token_gradient}")
+
+    def weight(self, tokens, log_mass, generator) -> Tensor:
+        """As `Rival.weight`: in (0, 1], NaN where the norm is."""
+        return (self.max_token_gradient / tokens.gradient_norm()).clamp(max=1)
+
+
+RULES: dict[str, type[TokenRule]] = {
+    rule.name: rule for rule in (TokenRule, Mask, Scale, Probability, Covariance, GradientNorm)
+}
+
+
+def rule_settings(rule: type[TokenRule]) -> tuple[str, ...]:
+    """The names of a rule's settings."""
+    return tuple(field.name for field in fields(rule))
+
+
+def observed(policy_shift: Tensor, objective_shift: Tensor, max_policy_shift: float = math.inf) -> TokenSelection:
+    """Every finite token with weight 1, and which of them are over a bound on m_F; shifts (N,) each."""
+    from open_r1_capo.capo.selection import TokenSelection
+
+    non_finite = ~(policy_shift.isfinite() & objective_shift.isfinite())
+    over_policy = ~non_finite & (policy_shift > max_policy_shift)
+    none = non_finite & False
+    weight = (~non_finite).to(policy_shift.dtype)
+    return TokenSelection(weight, policy_shift, objective_shift, over_policy, none, non_finite, none)
 
 
 def covariance(log_prob: Tensor, advantages: Tensor) -> Tensor:
-    """Each token's share of Cov(log π, A), which drives the entropy down (arXiv 2505.22617).
-
-    Args:
-        log_prob: (N,), from `action_log_prob`.
-        advantages: A_N.
-
-    Returns:
-        (N,), (A - mean A)(log π - mean log π).
-    """
+    """Each token's share of Cov(log π, A), which drives the entropy down: (A - mean A)(log π - mean log π), (N,)."""
     advantages = advantages.to(log_prob.dtype)
     return (advantages - advantages.mean()) * (log_prob - log_prob.mean())
 
 
-def covariance_weight(
-    cov: Tensor, frac: float, bounds: tuple[float, float], generator: torch.Generator | None = None
-) -> Tensor:
-    """Clip-Cov (arXiv 2505.22617): leave a few random tokens out among those whose covariance is large.
-
-    Args:
-        cov: (N,), from `covariance` of one micro-batch.
-        frac: r; max(1, ⌊r N⌋) tokens are left out if there are as many, as in the authors' code; 0 is off.
-        bounds: (low, high); a token may be left out if low < cov < high.
-        generator: of the choice, on the CPU.
-
-    Returns:
-        (N,), 0 or 1.
-    """
-    weight = torch.ones_like(cov)
-    if frac > 0:
-        candidates = ((cov > bounds[0]) & (cov < bounds[1])).nonzero()[:, 0]
-        order = torch.randperm(len(candidates), generator=generator).to(cov.device)
-        weight[candidates[order[: max(1, int(frac * len(cov)))]]] = 0
-    return weight
-
-
-def gradient_norm(batch: TokenBatch) -> Tensor:
-    """The Frobenius norm ‖g‖ = |A| ‖v‖ ‖x‖ of each token's gradient of the last layer (Eq. 7), on its support.
-
-    Args:
-        batch: N tokens.
-
-    Returns:
-        (N,).
-    """
-    dtype = batch.dtype
-    return batch.advantages.to(dtype).abs() * batch.score.norm(dim=1) * batch.features.to(dtype).norm(dim=1)
-
-
-def norm_weight(norm: Tensor, bound: float) -> Tensor:
-    """Gradient clipping token by token: w = min(1, c / ‖g‖).
-
-    Args:
-        norm: (N,), from `gradient_norm`.
-        bound: c; inf is off.
-
-    Returns:
-        (N,) in (0, 1]; NaN where the norm is.
-    """
-    return (bound / norm).clamp(max=1)
+def _is_share(rule: TokenRule, key: str) -> None:
+    if not 0 <= getattr(rule, key) <= 1:
+        raise ValueError(f"{key} is a share between 0 and 1, got {getattr(rule, key)}")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from open_r1_capo.training.preemption import PREEMPTED, SIGNALS
+from open_r1_capo.runs.exit import PREEMPTED, SIGNALS
 
 LOGS = Path("outputs/slurm")
 LOG_LINES = 15  # of a server that has ended

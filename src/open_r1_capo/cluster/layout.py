@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from open_r1_capo.cluster.job import Step
+from open_r1_capo.runs.exit import UserError
 from open_r1_capo.settings.recipes import compose_recipe
 from open_r1_capo.settings.run import DataConfig
 
@@ -19,7 +20,7 @@ PYTHON = ".venv/bin/python"
 PORTS = 4  # of a job: rendezvous, server, weight transfer, the server's own nodes
 
 
-class LaunchError(ValueError):
+class LaunchError(UserError, ValueError):
     """The options cannot be used; the message is one sentence for the user."""
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from open_r1_capo.training.preemption import PREEMPTED, SIGNALS
+from open_r1_capo.runs.exit import PREEMPTED, SIGNALS
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,8 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from open_r1_capo.runs.exit import UserError
+
 STARTUP = 1800.0  # seconds; large weights from a network disk take minutes
 GRACE = 20.0  # seconds between the polite signals and the last one
 LOG_LINES = 15  # shown when the server does not come up
@@ -26,7 +28,7 @@ OUT_OF_MEMORY = re.compile(
 )
 
 
-class ServerError(RuntimeError):
+class ServerError(UserError, RuntimeError):
     """A model server cannot be used; the message is for the user."""
 
 

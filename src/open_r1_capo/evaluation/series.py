@@ -49,7 +49,7 @@ def progress(run: Path) -> dict[int, dict]:
     Returns:
         completions and accepted_tokens by step; empty without a metrics.jsonl.
     """
-    return {row["step"]: {key: row.get(key) for key in KEPT} for row in RunFolder(run).read_metrics()}
+    return {row["step"]: {key: row.get(key) for key in KEPT} for row in RunFolder(run).metrics()}
 
 
 def line(step: int, found: dict, at: dict) -> dict:

@@ -18,7 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from open_r1_capo.experiments.spec import OUTPUTS
-from open_r1_capo.runs.folder import RunFolder, write_atomically
+from open_r1_capo.runs.folder import RunFolder
+from open_r1_capo.runs.run import write_atomically
 
 
 def entry(folder: RunFolder) -> dict[str, Any]:
@@ -30,9 +31,9 @@ def entry(folder: RunFolder) -> dict[str, Any]:
     Returns:
         commit; reward, one number a step on fresh completions; largest_kl in nats, None where it was not measured.
     """
-    rows = folder.read_metrics()
+    rows = folder.metrics()
     kls = [kl for row in rows if (kl := row.get("capo/measured_kl")) is not None and math.isfinite(kl)]
-    commit = OmegaConf.select(OmegaConf.load(folder.config), "environment.commit") or "unknown"
+    commit = OmegaConf.select(OmegaConf.load(folder.config_file), "environment.commit") or "unknown"
     rewards = [round(row["reward"], 3) for row in rows if row.get("reward") is not None]
     return {"commit": commit, "reward": rewards, "largest_kl": float(f"{max(kls):.3g}") if kls else None}
 
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
         0, or 2 if there is no run or no name, or a file that cannot be read or written.
     """
     folders = [RunFolder(path.parent) for path in sorted(OUTPUTS.glob("*/*/seed*/summary.json"))]
-    folders = [folder for folder in folders if folder.finished() is not None]
+    folders = [folder for folder in folders if folder.summary is not None]
     if len(argv) != 1 or not folders:
         print(f"error: give the file's name, and have finished runs in {OUTPUTS}", file=sys.stderr)
         return 2
@@ -56,9 +57,8 @@ def main(argv: list[str]) -> int:
         try:
             lines.append(f'"{one.path.relative_to(OUTPUTS)}": {json.dumps(entry(one))}')
         except (OSError, UnicodeDecodeError, OmegaConfBaseException, YAMLError) as error:
-            print(
-                f"error: {one.config} is not a run's ({' '.join(str(error).split())}): delete the run", file=sys.stderr
-            )
+            reason = " ".join(str(error).split())
+            print(f"error: {one.config_file} is not a run's ({reason}): delete the run", file=sys.stderr)
             return 2
     try:
         write_atomically(Path(argv[0]), "{\n" + ",\n".join(lines) + "\n}\n")

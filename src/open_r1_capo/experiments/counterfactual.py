@@ -20,20 +20,19 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import TrainerCallback
 
-from open_r1_capo import grpo
 from open_r1_capo.capo import TokenBatch, TokenSelection
 from open_r1_capo.capo.last_layer import RowGradient, merge, row_gradient
-from open_r1_capo.capo.rules import gradient_norm
 from open_r1_capo.capo.steps import SCRATCH_BYTES
+from open_r1_capo.runs.checkpoints import find_damage
 from open_r1_capo.runs.folder import RunFolder
 from open_r1_capo.settings.recipes import compose_recipe
 from open_r1_capo.settings.run import ConfigError, DataConfig, build
 from open_r1_capo.tasks.lab.policy import base_policy, held_out_accuracy
 from open_r1_capo.tasks.lab.task import problems as lab_problems
 from open_r1_capo.tasks.rewards import get_reward_funcs
-from open_r1_capo.training.checkpoint import damage
+from open_r1_capo.training.build import known_rewards, load_dataset, load_tokenizer, make_trainer
 from open_r1_capo.training.trainer import CAPOTrainer
-from open_r1_capo.training.update import Part
+from open_r1_capo.training.update import MicroBatch
 
 # the recipe whose rule an arm takes, after what its base method is called; the run's own for none
 ARMS = {"none": None, "mask": "{}capo_aggressive", "random": "{}capo_aggressive", "scale": "{}capo_scale_aggressive"}
@@ -75,7 +74,7 @@ def gradient_split(batches: Sequence[TokenBatch], chosen: Sequence[Tensor]) -> d
         for sets in (chosen, [~rows for rows in chosen])
     )
     norm, other = float(mine.total.norm()), float(others.total.norm())
-    alone = sum(float(gradient_norm(b.select(rows)).sum()) for b, rows in zip(batches, chosen, strict=True))
+    alone = sum(float(b.select(rows).gradient_norm().sum()) for b, rows in zip(batches, chosen, strict=True))
     return {
         "tokens": float(sum(int(rows.sum()) for rows in chosen)),
         "norm": norm,
@@ -97,21 +96,21 @@ class _OneStep(CAPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.parts: list[Part] = []
+        self.taken: list[MicroBatch] = []
         self.add_callback(_Stop())
 
     def after_step(self) -> None:
         """Keep the micro-batches before they are forgotten."""
-        self.parts = list(self._parts)
+        self.taken = list(self.update.micro_batches)
         super().after_step()
 
 
 class _RandomStep(_OneStep):
     """Rejects as many tokens as its rule does, but random ones."""
 
-    def choose(self, tokens: TokenBatch, log_mass: Tensor, shifts: tuple[Tensor, Tensor]) -> TokenSelection:
+    def select(self, tokens: TokenBatch, log_mass: Tensor, shifts: tuple[Tensor, Tensor]) -> TokenSelection:
         """Judge the tokens, and let the weights change places."""
-        return shuffled(super().choose(tokens, log_mass, shifts), tokens.advantages != 0, self.generator())
+        return shuffled(super().select(tokens, log_mass, shifts), tokens.advantages != 0, self.generator())
 
 
 class _Stop(TrainerCallback):
@@ -133,9 +132,9 @@ class Counterfactual:
 
     def __init__(self, run: Path, problems: int = 200, samples: int = 2):
         self.folder = RunFolder(run)
-        if not self.folder.config.is_file():
+        if not self.folder.config_file.is_file():
             raise ConfigError(f"{run} holds no config.yaml of a run: give a run's folder")
-        self.settings = OmegaConf.to_container(OmegaConf.load(self.folder.config))
+        self.settings = OmegaConf.to_container(OmegaConf.load(self.folder.config_file))
         self.settings.pop("environment", None)
         data, capo = (self.settings.get(group) or {} for group in ("data", "capo"))
         if data.get("name") != "lab" or capo.get("mode") != "observe":
@@ -156,8 +155,8 @@ class Counterfactual:
         Raises:
             ConfigError: there are none.
         """
-        found = sorted(self.folder.checkpoints.glob("checkpoint-*"), key=step_of)
-        found = [path for path in found if step_of(path) < self.last and damage(path) is None]
+        found = sorted(self.folder.checkpoint_folder.glob("checkpoint-*"), key=step_of)
+        found = [path for path in found if step_of(path) < self.last and find_damage(path) is None]
         if not found:
             raise ConfigError(f"{self.folder.path} has no complete checkpoint: train it with save_steps=5")
         return found
@@ -185,12 +184,12 @@ class Counterfactual:
             trainer.train(resume_from_checkpoint=str(checkpoint))
             logs = next(entry for entry in reversed(trainer.state.log_history) if "reward" in entry)
             row["arms"][arm] = {name: logs[f"capo/{name}"] for name in STEP} | self._reward(trainer)
-            batches.add(hashlib.sha256(b"".join(p.input_ids.numpy().tobytes() for p in trainer.parts)).hexdigest())
+            batches.add(hashlib.sha256(b"".join(p.input_ids.numpy().tobytes() for p in trainer.taken)).hexdigest())
             if arm in ("mask", "random"):
-                out = [part.selection.weight == 0 for part in trainer.parts]
-                row["gradient"][arm] = gradient_split([part.tokens for part in trainer.parts], out)
+                out = [one.by_rule.weight == 0 for one in trainer.taken]
+                row["gradient"][arm] = gradient_split([one.tokens for one in trainer.taken], out)
             if arm == "none":
-                theirs = [r.get("capo/measured_kl") for r in self.folder.read_metrics() if r["step"] == row["step"]]
+                theirs = [r.get("capo/measured_kl") for r in self.folder.metrics() if r["step"] == row["step"]]
                 row["agrees"] = theirs == [logs["capo/measured_kl"]]
         if len(batches) > 1:
             raise ConfigError(f"the arms from {checkpoint} have not seen the same completions")
@@ -211,10 +210,10 @@ class Counterfactual:
         if self.model is None:
             made = config.model_name_or_path == "lab"
             self.model = str(base_policy(settings=config.lab)) if made else config.model_name_or_path
-        tokenizer = grpo.load_tokenizer(self.model)
-        dataset, rewards = grpo.load_dataset(config, tokenizer, args.seed), grpo.known_rewards(config)
+        tokenizer = load_tokenizer(self.model)
+        dataset, rewards = load_dataset(config, tokenizer, args.seed), known_rewards(config)
         kind = _RandomStep if arm == "random" else _OneStep
-        return grpo.make_trainer(config, args, rewards, model or self.model, tokenizer, dataset, kind=kind)
+        return make_trainer(config, args, rewards, model or self.model, tokenizer, dataset, kind=kind)
 
     def _reward(self, trainer: CAPOTrainer) -> dict[str, float]:
         (reward,) = get_reward_funcs(["accuracy"])

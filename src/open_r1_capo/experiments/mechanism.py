@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from open_r1_capo.experiments.counterfactual import STEP, Counterfactual, summary
-from open_r1_capo.grpo import USER_ERRORS, quiet
-from open_r1_capo.runs.folder import REQUIRED, read_record
+from open_r1_capo.runs.exit import UserError
+from open_r1_capo.runs.records import REQUIRED, read_record
+from open_r1_capo.training.run import quiet
 
 Token = dict[str, Any]
 NEEDED = (*REQUIRED, "prob", "entropy", "gradient_norm")  # columns of a record
@@ -215,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--problems and --samples are at least 1, got {options.problems} and {options.samples}")
     try:
         content, text = measure(options)
-    except (RecordError, *USER_ERRORS) as error:
+    except (RecordError, *UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(text)

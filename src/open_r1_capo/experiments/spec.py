@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from open_r1_capo.runs.exit import UserError
+
 EXPERIMENTS = Path(__file__).resolve().parents[3] / "recipes" / "experiments"
 SCALES = EXPERIMENTS.parent / "scale"
 COMMON = "common"  # the file of settings that every run of a scale shares
@@ -24,7 +26,7 @@ KEYS = {"title", "extends", "only", "seeds", "arms", "search", "lab"}  # lab: wh
 ARM_KEYS = {"label", "recipe", "overrides", "grid"}
 
 
-class ExperimentError(ValueError):
+class ExperimentError(UserError, ValueError):
     """An experiment cannot be read or run; the message is one sentence for the user."""
 
 

@@ -102,7 +102,7 @@ def check(experiment: Experiment) -> None:
     kinds = {(arm.recipe, *(item.partition("=")[0] for item in arm.overrides)): arm for arm in experiment.arms[::-1]}
     for arm in experiment.arms:
         folders = {seed: RunFolder(experiment.folder(arm, seed)) for seed in experiment.seeds}
-        there = [seed for seed, folder in folders.items() if folder.finished() is not None]
+        there = [seed for seed, folder in folders.items() if folder.summary is not None]
         if not there and arm not in kinds.values():
             continue
         try:
@@ -201,11 +201,11 @@ def next_probe(arms: Sequence[Arm], experiment: Experiment, outcome: Callable[[J
 def _survival(experiment: Experiment) -> Callable[[Job], bool | None]:
     """Look up what became of the runs: a run lives if it ends near its best and not below the base policy."""
     folders = {job: RunFolder(experiment.folder(*job)) for job in experiment.runs()}
-    finished = {job: folder for job, folder in folders.items() if folder.finished() is not None}
+    finished = {job: folder for job, folder in folders.items() if folder.summary is not None}
     if not experiment.search:
         return lambda job: True if job in finished else None
     rewards = {
-        job: [row["reward"] for row in folder.read_metrics() if row.get("reward") is not None]
+        job: [row["reward"] for row in folder.metrics() if row.get("reward") is not None]
         for job, folder in finished.items()
     }
     base = base_accuracy(rewards.values())
@@ -214,7 +214,7 @@ def _survival(experiment: Experiment) -> Callable[[Job], bool | None]:
 
 def missing(experiment: Experiment, jobs: Iterator[Job] | Sequence[Job]) -> list[Job]:
     """The runs without a summary."""
-    return [job for job in jobs if RunFolder(experiment.folder(*job)).finished() is None]
+    return [job for job in jobs if RunFolder(experiment.folder(*job)).summary is None]
 
 
 def command(experiment: Experiment, job: Job) -> str:
@@ -310,8 +310,8 @@ def progress(experiment: Experiment, jobs: Sequence[Job], seconds: float = 5.0) 
     folders = [RunFolder(experiment.folder(*job)) for job in jobs]
 
     def line() -> str:
-        done = sum(folder.finished() is not None for folder in folders)
-        steps = sum(1 if f.finished() else _share_done(f) for f in folders)
+        done = sum(folder.summary is not None for folder in folders)
+        steps = sum(1 if f.summary else _share_done(f) for f in folders)
         left = (time.time() - start) / steps * (len(jobs) - steps) if steps else None
         rest = "" if left is None else f", ETA {duration(left)}"
         return f"{experiment.name}: {done} of {len(jobs)} runs done{rest}"
@@ -332,10 +332,10 @@ def progress(experiment: Experiment, jobs: Sequence[Job], seconds: float = 5.0) 
 
 def _share_done(folder: RunFolder) -> float:
     """The share of a running run's steps that it has written."""
-    if not folder.metrics.is_file():
+    if not folder.metrics_file.is_file():
         return 0.0
-    planned = OmegaConf.load(folder.config).max_steps  # written before the first step
-    with folder.metrics.open("rb") as file:
+    planned = OmegaConf.load(folder.config_file).max_steps  # written before the first step
+    with folder.metrics_file.open("rb") as file:
         return min(0.99, sum(1 for _ in file) / planned)
 
 

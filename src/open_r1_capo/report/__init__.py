@@ -8,6 +8,6 @@ python -m open_r1_capo.report outputs/capo_aggressive/lab/seed0
 """
 
 from open_r1_capo.report.run import ReportError, write_report
-from open_r1_capo.report.summary import summarise, summary_lines
+from open_r1_capo.runs.summary import summarise, summary_lines
 
 __all__ = ["ReportError", "summarise", "summary_lines", "write_report"]

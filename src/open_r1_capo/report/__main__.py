@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from open_r1_capo.report.run import ReportError, write_reports
-from open_r1_capo.report.summary import summary_lines
+from open_r1_capo.runs.summary import summary_lines
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error.filename} cannot be read or written ({error.strerror})", file=sys.stderr)
         return 2
     for folder, summary in written:
-        lines = summary_lines(folder) if summary else [f"the run has not ended; its report so far: {folder.report}"]
+        unfinished = [f"the run has not ended; its report so far: {folder.report_file}"]
+        lines = summary_lines(folder) if summary else unfinished
         print("\n".join(lines))
     return 0
 

@@ -14,8 +14,9 @@ from typing import Any
 from open_r1_capo.report.page import METRICS_LIMIT, fit_metrics, notes_html, render, table_html, text
 from open_r1_capo.report.panels import AXES, RUN_COLOURS, compare_panels, metric_columns, test_columns
 from open_r1_capo.report.run import ReportError, label, read_settings, unfinished
-from open_r1_capo.report.summary import finite, summarise
-from open_r1_capo.runs.folder import RunFolder, write_atomically
+from open_r1_capo.runs.folder import RunFolder
+from open_r1_capo.runs.run import write_atomically
+from open_r1_capo.runs.summary import finite, summarise
 
 NOT_COMPARED = ("output_root", "environment.processor", "environment.python")  # where, not what
 
@@ -66,12 +67,12 @@ def write_comparison(names: list[str], out: Path) -> None:
 
 def _read(folder: RunFolder, settings: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any], str]:
     """One run's tables, its summary so far, and a sentence if it has not ended."""
-    rows = folder.read_metrics()
-    metrics, summary, note = metric_columns(rows), folder.finished(), ""
+    rows = folder.metrics()
+    metrics, summary, note = metric_columns(rows), folder.summary, ""
     if summary is None:
         note = unfinished(folder, settings, metrics)
         summary = summarise(settings, rows) if metrics else {}
-    tests = folder.read_evaluations()
+    tests = folder.evaluations()
     return {"label": name, "metrics": metrics, "tests": test_columns(tests)}, summary | _best_test(tests), note
 
 

@@ -10,7 +10,7 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from open_r1_capo.report.summary import WINDOW, finite
+from open_r1_capo.runs.summary import WINDOW, finite
 
 AXES = {
     "completions": "training completions",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from open_r1_capo.report.panels import number
-from open_r1_capo.runs.folder import TOKEN_COLUMNS, read_record
+from open_r1_capo.runs.records import TOKEN_COLUMNS, read_record
 
 LABELS = {
     "first": "first step",

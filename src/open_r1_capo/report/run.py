@@ -15,11 +15,13 @@ from open_r1_capo.report.facts import tiles, time_breakdown, worst_steps
 from open_r1_capo.report.page import LIMIT, embed, fit_metrics, notes_html, render, table_html, text
 from open_r1_capo.report.panels import AXES, RUN_COLOURS, metric_columns, run_panels, test_columns
 from open_r1_capo.report.records import fit, read_records
-from open_r1_capo.report.summary import summarise
-from open_r1_capo.runs.folder import RunFolder, write_atomically
+from open_r1_capo.runs.exit import UserError
+from open_r1_capo.runs.folder import RunFolder
+from open_r1_capo.runs.run import write_atomically
+from open_r1_capo.runs.summary import summarise
 
 
-class ReportError(ValueError):
+class ReportError(UserError, ValueError):
     """A folder that no report can be made of; the message is one sentence for the user."""
 
 
@@ -31,7 +33,7 @@ def write_report(folder: RunFolder, settings: dict[str, Any], summary: dict[str,
         settings: the resolved recipe.
         summary: from `summarise`; None for a run that has not ended.
     """
-    rows, tests = folder.read_metrics(), folder.read_evaluations()
+    rows, tests = folder.metrics(), folder.evaluations()
     metrics = metric_columns(rows)
     status = unfinished(folder, settings, metrics) if summary is None else ""
     status += " The same command goes on with it; make report draws it again." if status else ""
@@ -62,7 +64,7 @@ def write_report(folder: RunFolder, settings: dict[str, Any], summary: dict[str,
         data["records"] = fit(records, int(share * room))
         if len(embed(data["records"])) <= room:
             break
-    write_atomically(Path(folder.report), render(f"{label(settings)} · open-r1-capo", sections, data))
+    write_atomically(folder.report_file, render(f"{label(settings)} · open-r1-capo", sections, data))
 
 
 def label(settings: dict[str, Any]) -> str:
@@ -85,7 +87,7 @@ def read_settings(folder: RunFolder) -> dict[str, Any]:
     if not folder.path.is_dir():
         raise ReportError(f"{folder.path} is no run's folder: there is no such folder")
     try:
-        settings = OmegaConf.to_container(OmegaConf.load(folder.config))
+        settings = OmegaConf.to_container(OmegaConf.load(folder.config_file))
     except (OSError, OmegaConfBaseException, YAMLError, UnicodeDecodeError):
         settings = None
     if not isinstance(settings, dict) or "recipe" not in settings:
@@ -108,7 +110,7 @@ def unfinished(folder: RunFolder, settings: dict[str, Any], metrics: dict[str, l
         return "This run has not finished a step yet."
     planned = settings.get("max_steps")
     steps = f"step {metrics['step'][-1]:,}" + (f" of {planned:,}" if isinstance(planned, int) and planned > 0 else "")
-    hours = max(0, time.time() - folder.metrics.stat().st_mtime) / 3600
+    hours = max(0, time.time() - folder.metrics_file.stat().st_mtime) / 3600
     ago = f"{60 * hours:.0f} min" if hours < 2 else f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.0f} days"
     return f"This run has not ended: it was at {steps}, written {ago} before this page."
 
@@ -153,7 +155,7 @@ def tokens_missing(records: list[dict[str, Any]], settings: dict[str, Any]) -> l
 def settings_text(folder: RunFolder, settings: dict[str, Any]) -> str:
     """The settings as YAML, with the environment where config.yaml has one."""
     try:
-        return folder.config.read_text(encoding="utf-8")
+        return folder.config_file.read_text(encoding="utf-8")
     except OSError:
         return OmegaConf.to_yaml(OmegaConf.create(settings))
 
@@ -211,7 +213,7 @@ def write_reports(names: list[str]) -> list[tuple[RunFolder, dict[str, Any] | No
     runs = [(folder, read_settings(folder)) for folder in (RunFolder(Path(name)) for name in names)]
     written = []
     for folder, settings in runs:
-        summary = folder.finished()
+        summary = folder.summary
         write_report(folder, settings, summary)
         written.append((folder, summary))
     return written

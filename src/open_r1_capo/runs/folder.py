@@ -1,4 +1,4 @@
-"""The one folder that a run writes: outputs/<recipe>/<scale>/seed<seed>/.
+"""Write a run's folder, `outputs/<recipe>/<scale>/seed<seed>/`, the only one that a run writes.
 
     config.yaml     the resolved settings, with the commit and the versions
     metrics.jsonl   one object an optimizer step
@@ -14,25 +14,23 @@ A folder belongs to the settings it was made with: the same settings resume it, 
 from __future__ import annotations
 
 import errno
-import gzip
 import json
 import os
 import platform
 import shutil
 import subprocess
 import uuid
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from open_r1_capo.training.checkpoint import newest_complete
+from open_r1_capo.runs.checkpoints import newest_complete
+from open_r1_capo.runs.exit import UserError
+from open_r1_capo.runs.run import Run, RunError, write_atomically
 
 try:
     import fcntl
@@ -40,11 +38,6 @@ except ImportError:  # Windows: two processes in one folder go unnoticed
     fcntl = None
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify", "open-r1-capo")
-# what every summary.json has; further keys depend on the run
-SUMMARY = ("recipe", "scale", "seed", "steps", "completions", "reward_windows", "accuracy_before", "accuracy_after")
-# of a token record, a number or null a token; of the others, whoever reads them says which ones it needs
-REQUIRED = ("policy_shift", "objective_shift", "weight", "reason")
-TOKEN_COLUMNS = (*REQUIRED, "prob", "prob_after", "entropy", "gradient_norm", "kl", "kl_head")
 # where a run is written, how it is watched, or where its server is, does not make it another run; nor does the name of
 # a group of settings that are compared themselves
 NOT_IDENTITY = ("overwrite", "output_root", "report_to", "run_name", "num_threads", "token_records", "generation")
@@ -52,21 +45,19 @@ NOT_IDENTITY += ("allow_other_processes",)
 NOT_IDENTITY += tuple(f"vllm_{name}" for name in ("server_base_url", "server_host", "server_port", "group_port"))
 
 
-class RunFolderError(RuntimeError):
-    """The folder cannot be used; the message is one sentence for the user."""
+class RunFolderError(UserError, RuntimeError):
+    """The folder cannot be used for this run."""
 
 
-class RunFolder:
-    """The folder of one run.
+class RunFolder(Run):
+    """A run's folder, for the process that trains in it: locked, and made or taken over as a whole.
 
     Args:
         path: where it is; created by `claim`.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.config, self.metrics = path / "config.yaml", path / "metrics.jsonl"
-        self.summary, self.checkpoints, self.report = path / "summary.json", path / "checkpoints", path / "report.html"
+    def __init__(self, path: Path | str):
+        super().__init__(path)
         self._lock = None  # an open file, locked
 
     def check(self, settings: dict[str, Any], overwrite: bool) -> None:
@@ -115,7 +106,7 @@ class RunFolder:
         made = False  # by us, so that it may be thrown away
         try:
             try:
-                if overwrite and self.config.exists():
+                if overwrite and self.config_file.exists():
                     self._take_lock()
                     os.rename(self.path, aside)
                 if fresh:
@@ -125,7 +116,7 @@ class RunFolder:
                     self._take_lock()
             except OSError as error:
                 raise RunFolderError(f"{self.path} cannot be written ({error.strerror or error})") from None
-            yield (None, []) if fresh else newest_complete(self.checkpoints)
+            yield (None, []) if fresh else newest_complete(self.checkpoint_folder)
         except BaseException:
             if made:
                 shutil.rmtree(self.path, ignore_errors=True)
@@ -143,7 +134,7 @@ class RunFolder:
         new.path.mkdir(parents=True)
         try:
             content = OmegaConf.create({**settings, "environment": environment()})
-            write_atomically(new.config, OmegaConf.to_yaml(content))
+            write_atomically(new.config_file, OmegaConf.to_yaml(content))
             new._take_lock()
             os.rename(new.path, self.path)
         except OSError as error:
@@ -157,7 +148,7 @@ class RunFolder:
         """Keep other runs out until `release`, or until this process ends, however it ends."""
         if fcntl is None:
             return
-        self._lock = self.config.open("r+")
+        self._lock = self.config_file.open("r+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -168,52 +159,31 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
 
-    def finished(self) -> dict[str, Any] | None:
-        """The summary of a run that has ended, or None; what lacks a key of SUMMARY is no summary."""
-        try:
-            summary = json.loads(self.summary.read_text())
-        except (OSError, ValueError):
-            return None
-        return summary if isinstance(summary, dict) and summary.keys() >= set(SUMMARY) else None
-
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """All metric lines so far; a last line that was cut off is left out."""
-        return _complete_lines(self.metrics)
-
-    def read_evaluations(self) -> list[dict[str, Any]]:
-        """What `make eval RUN=…` found, a line a checkpoint, in the order of their steps; empty if it never ran."""
-        return sorted(_complete_lines(self.path / "eval.jsonl"), key=lambda row: row["step"])
-
     def append_evaluation(self, row: dict[str, Any]) -> None:
         """Add the TEST line of a step, in the place of an earlier one of that step or of later ones."""
-        rows = [old for old in self.read_evaluations() if old["step"] < row["step"]]
-        write_atomically(self.path / "eval.jsonl", "".join(json.dumps(one) + "\n" for one in [*rows, row]))
+        rows = [old for old in self.evaluations() if old["step"] < row["step"]]
+        write_atomically(self.evaluations_file, "".join(json.dumps(one) + "\n" for one in [*rows, row]))
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one optimizer step's metrics, durable at once."""
-        with self.metrics.open("a") as file:
+        with self.metrics_file.open("a") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def trim_metrics(self, step: int) -> None:
         """Forget the metrics after the step that the run continues from: they will be written again."""
-        if self.metrics.is_file():
-            rows = [row for row in self.read_metrics() if row["step"] <= step]
-            write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        if self.metrics_file.is_file():
+            rows = [row for row in self.metrics() if row["step"] <= step]
+            write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
 
     def _their_settings(self) -> dict[str, Any]:
-        """The settings that the folder was made with."""
         try:
-            theirs = OmegaConf.to_container(OmegaConf.load(self.config))
-        except (OSError, OmegaConfBaseException, YAMLError):
-            theirs = None
-        if not isinstance(theirs, dict) or not {"recipe", "environment"} <= theirs.keys():
+            return self.settings
+        except RunError:
             raise RunFolderError(
                 f"{self.path} holds files of something else (no config.yaml of a run): choose another output_root"
-            )
-        del theirs["environment"]
-        return theirs
+            ) from None
 
     def differences(self, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Compare the settings that make a run what it is.
@@ -243,65 +213,3 @@ def environment() -> dict[str, Any]:
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         **{name: version(name) for name in PACKAGES},
     }
-
-
-def _complete_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file up to a line that was cut off or has no step; none if there is no file."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            break
-        rows.append(row)
-    return rows
-
-
-def read_record(path: Path, required: Sequence[str] = REQUIRED) -> dict[str, Any]:
-    """Read a token record whose columns fit its tokens.
-
-    Args:
-        path: the file.
-        required: the columns that every completion must have.
-
-    Returns:
-        The record.
-
-    Raises:
-        ValueError: it cannot be read, or is no such record; the message says what is wrong with it.
-    """
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            record = json.load(file)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(str(error)) from None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        raise ValueError("it has no step")
-    if not isinstance(record.get("completions"), list):
-        raise ValueError("it has no completions")
-    for completion in record["completions"]:
-        tokens = completion.get("tokens") if isinstance(completion, dict) else None
-        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-            raise ValueError("a completion has no tokens")
-        if "advantage" not in completion or not isinstance(completion["advantage"], int | float | None):
-            raise ValueError("a completion has no advantage")
-        for key in TOKEN_COLUMNS:
-            column = completion.get(key)
-            if (column is None and key in required) or (column is not None and not _fits(column, len(tokens))):
-                raise ValueError(f"{key} does not have a value for every token")
-    return record
-
-
-def _fits(column: Any, length: int) -> bool:
-    """Whether a column has for every token a number, or null where it was not finite or not measured."""
-    known = isinstance(column, list) and len(column) == length
-    return known and all(isinstance(value, int | float | None) for value in column)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new one, never a part."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

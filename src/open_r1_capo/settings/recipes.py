@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -14,24 +13,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from open_r1_capo.settings.run import NESTED, OURS, TRL_FIELDS, CAPOConfig, ConfigError
+from open_r1_capo.settings.capo import ConfigError, capo_keys, unread
+from open_r1_capo.settings.run import NESTED, OURS, TRL_FIELDS
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 GROUPS = ("method", "regime", "scale", "generation")
 LAB_IGNORES = ("data.config", "data.split", "data.problem_column", "data.answer_column")
-BOUNDED = ("mask", "scale")
-MODE_KEYS = {  # read under these modes alone
-    "capo.max_policy_shift": BOUNDED,
-    "capo.max_objective_shift": BOUNDED,
-    "capo.min_objective_shift": BOUNDED,
-    "capo.probability_alpha": ("probability",),
-    "capo.covariance_frac": ("covariance",),
-    "capo.covariance_low": ("covariance",),
-    "capo.covariance_high": ("covariance",),
-    "capo.max_token_gradient": ("gradient_norm",),
-    "capo.denominator": (*BOUNDED, *CAPOConfig.RIVALS),
-}
-STEP_KEYS = ("capo.step_feedback", "capo.step_rule")
 
 
 def known_recipes() -> list[str]:
@@ -107,7 +94,7 @@ def _keys(settings: dict[str, Any], valid: set[str], group: str = "") -> Iterato
 
 
 def _check_keys(settings: dict[str, Any]) -> None:
-    valid = OURS | set(TRL_FIELDS) | set(NESTED) | set(GROUPS)
+    valid = OURS | set(TRL_FIELDS) | set(NESTED) | set(GROUPS) | {"capo", *(f"capo.{key}" for key in capo_keys())}
     valid |= {name for key, kind in NESTED.items() for name in _fields(kind, key)}
     for name in _keys(settings, valid):
         if name not in valid:
@@ -125,19 +112,10 @@ def _check_used(settings: dict[str, Any], overrides: list[str]) -> None:
     for item in overrides:
         key = item.partition("=")[0].lstrip("+")
         reason = None
-        ours = key == "token_records" or (key.startswith("capo.") and key != "capo.mode")
-        if ours and capo.get("mode") == "off":
+        if key.startswith("capo."):
+            reason = unread(key.removeprefix("capo."), capo)
+        elif key == "token_records" and capo.get("mode") == "off":
             reason = "capo.mode=off"
-        elif key in MODE_KEYS and capo.get("mode") not in MODE_KEYS[key]:
-            reason = f"capo.mode={capo.get('mode')}"
-        elif key == "capo.denominator" and settings.get("loss_type") == "dr_grpo":
-            reason = "loss_type=dr_grpo"
-        elif key in ("capo.moment_average", "capo.absent_rows") and capo.get("optimizer_model") == "sgd":
-            reason = "capo.optimizer_model=sgd"
-        elif key == "capo.step_feedback" and capo.get("step_rule") == "adapt":
-            reason = "capo.step_rule=adapt"
-        elif key in STEP_KEYS and capo.get("step_policy_shift", math.inf) == math.inf:
-            reason = "capo.step_policy_shift=inf"
         elif key == "evaluation.every" and not evaluation.get("suite"):
             reason = "evaluation.suite=0"
         elif key == "evaluation.samples" and not (evaluation.get("suite") or evaluation.get("problems")):
@@ -148,5 +126,7 @@ def _check_used(settings: dict[str, Any], overrides: list[str]) -> None:
             reason = "a data set other than the lab's"
         elif key in LAB_IGNORES and data.get("name") == "lab" and not data.get("path"):
             reason = "data.name=lab"
+        if key == "capo.denominator" and settings.get("loss_type") == "dr_grpo":
+            reason = reason or "loss_type=dr_grpo"
         if reason:
             raise ConfigError(f"{key} has no effect with {reason}; change that, or leave {key} out")

@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 import torch
 from trl import GRPOConfig
 
-from open_r1_capo.settings.capo import CAPOConfig, ConfigError
+from open_r1_capo.settings.capo import CAPOConfig, ConfigError, capo_config, capo_keys
 from open_r1_capo.tasks.lab.pretrain import LabSettings
 from open_r1_capo.tasks.lab.task import VARIANTS, Mixture
 
@@ -160,7 +160,7 @@ class RunConfig:
         return Path(self.output_root) / name / self.scale / f"seed{seed}"
 
 
-NESTED: dict[str, type] = {"capo": CAPOConfig, "data": DataConfig, "evaluation": EvaluationConfig, "lab": LabSettings}
+NESTED: dict[str, type] = {"data": DataConfig, "evaluation": EvaluationConfig, "lab": LabSettings}
 KEPT_LOSSES = ("grpo", "dr_grpo", "bnpo")  # whose token count is known within the micro-batch
 TRL_CHOICES = {  # which TRL checks when the first batch has been generated
     "loss_type": ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
@@ -170,7 +170,7 @@ TRL_CHOICES = {  # which TRL checks when the first batch has been generated
     "vllm_importance_sampling_mode": ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate"),
 }
 TRL_FIELDS = {f.name: f for f in dataclasses.fields(GRPOConfig)}
-OURS = {f.name for f in dataclasses.fields(RunConfig)} - set(NESTED)
+OURS = {f.name for f in dataclasses.fields(RunConfig)} - set(NESTED) - {"capo"}
 
 
 def build(settings: dict[str, Any]) -> tuple[RunConfig, GRPOConfig]:
@@ -187,6 +187,7 @@ def build(settings: dict[str, Any]) -> tuple[RunConfig, GRPOConfig]:
     """
     ours = {key: value for key, value in settings.items() if key in OURS}
     nested = {key: kind(**_typed(kind, key, settings.get(key))) for key, kind in NESTED.items() if key != "lab"}
+    nested["capo"] = capo_config(**_typed_capo(settings.get("capo")))
     nested["lab"] = lab_settings(settings.get("lab"), settings.get("model_name_or_path"))
     missing = [key for key in ("model_name_or_path", "completions_per_step") if settings.get(key) is None]
     if missing:
@@ -228,6 +229,14 @@ def _typed(kind: type, prefix: str, values: dict[str, Any] | None) -> dict[str, 
     return {
         key: _convert(f"{prefix}.{key}" if prefix else key, value, hints[key]) for key, value in (values or {}).items()
     }
+
+
+def _typed_capo(values: dict[str, Any] | None) -> dict[str, Any]:
+    """Convert the group `capo`, whose settings are declared by the rules' classes."""
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"capo is a group of settings, not a value: write capo.<key>={values}")
+    hints = {key: str if key == "step_rule" else get_type_hints(kind)[key] for key, kind in capo_keys().items()}
+    return {key: _convert(f"capo.{key}", value, hints[key]) for key, value in (values or {}).items()}
 
 
 def lab_settings(values: dict[str, Any] | None, model: str | None = "lab") -> LabSettings:
@@ -335,14 +344,14 @@ def _check_training(run: RunConfig, args: dict[str, Any]) -> None:
 def _check_optimizer(capo: CAPOConfig, optim: str) -> None:
     """Refuse a model of another optimizer than the real one, but the paper's SGD model of Adam's steps (Fig. 6)."""
     real = next((kind for kind in ("adam", "sgd") if kind in optim), None)
-    if capo.mode == "off" or real == capo.optimizer_model:
+    if not capo.on or real == capo.optimizer_model:
         return
     if real is None or real == "sgd":
         raise ConfigError(
             f"capo.optimizer_model={capo.optimizer_model} does not describe the steps of optim={optim}: use an Adam, "
             "or optim=sgd with capo.optimizer_model=sgd, or capo.mode=off"
         )
-    if capo.plans_steps and capo.step_rule == "plan":
+    if capo.step.acts and capo.step.predicts:
         raise ConfigError(
             f"capo.step_policy_shift plans the step that optim={optim} takes: it needs capo.optimizer_model={real}"
         )
@@ -355,7 +364,7 @@ def _check_batch(run: RunConfig, trl: dict[str, Any]) -> None:
             f"completions_per_step ({run.completions_per_step}) must be a multiple of num_generations ({generations})"
         )
     whole = trl["gradient_accumulation_steps"] == 1 and world_size() == 1
-    if run.capo.mode != "off" and run.capo.granularity in ("group", "batch") and not whole:
+    if run.capo.on and run.capo.granularity in ("group", "batch") and not whole:
         raise ConfigError(
             f"capo.granularity={run.capo.granularity} judges completions together that one forward pass must hold: "
             f"run one process with per_device_train_batch_size={run.completions_per_step}"

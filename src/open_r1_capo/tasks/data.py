@@ -22,6 +22,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from open_r1_capo.runs.exit import UserError
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -37,7 +39,7 @@ ANSWER_COLUMNS = ("answer", "Answer", "final_answer", "solution", "expected_answ
 KEPT_COLUMNS = ("id", "level", "subject", "type", "split")
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """A data set cannot be used; the message is one sentence for the user."""
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerState
 
 from open_r1_capo.runs.folder import RunFolder
-from open_r1_capo.training.trainer import CAPOTrainer
+from open_r1_capo.runs.summary import duration
+
+if TYPE_CHECKING:
+    from open_r1_capo.training.run_trainer import RunTrainer
 
 SKIPPED = 10  # updates in a row that were not taken, after which the user is told
 
@@ -29,7 +31,7 @@ class RunCallback(TrainerCallback):
 
     def __init__(
         self,
-        trainer: CAPOTrainer,
+        trainer: RunTrainer,
         folder: RunFolder,
         accuracy: Callable[[], dict[str, float]] | None,
         suite: Callable[[], dict[str, Any]] | None = None,
@@ -111,9 +113,3 @@ def show(line: str, last: bool = False) -> None:
         print(f"\r\033[K{line}", end="\n" if last else "", file=sys.stderr, flush=True)
     elif last or line.split("/")[0].endswith("0"):
         print(line, file=sys.stderr, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """A time for people, such as `3 min 07 s`."""
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from open_r1_capo.capo.curvature import objective_change, support_kl
 from open_r1_capo.training.features import completion_hidden_states, support_log_probs
-from open_r1_capo.training.update import Part, gather_columns
+from open_r1_capo.training.ranks import gather_columns, sum_ranks
+from open_r1_capo.training.update import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,18 @@ class Measured:
 
 def measure(
     policy: PreTrainedModel,
-    part: Part,
+    micro_batch: MicroBatch,
     share: float,
     temperature: float,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Measured:
     """Measure a step that was taken on one micro-batch's tokens, or on a share of its sequences.
 
-    TRL has shuffled the sequences, so the first ones are a random part.
+    TRL has shuffled the sequences, so the first ones are a random micro_batch.
 
     Args:
         policy: the model after the step, without wrappers.
-        part: the micro-batch as it was before the step.
+        micro_batch: as it was before the step.
         share: of its sequences, in (0, 1].
         temperature: τ, which divides the logits.
         autocast: the context of the forward pass.
@@ -59,13 +60,13 @@ def measure(
     Returns:
         The measurement.
     """
-    chosen = torch.zeros_like(part.mask)
-    chosen[: max(1, round(share * len(part.mask)))] = True
-    chosen &= part.mask
-    rows = chosen[part.mask]
-    tokens, log_mass = part.tokens.select(rows), part.log_mass[rows]
+    chosen = torch.zeros_like(micro_batch.mask)
+    chosen[: max(1, round(share * len(micro_batch.mask)))] = True
+    chosen &= micro_batch.mask
+    rows = chosen[micro_batch.mask]
+    tokens, log_mass = micro_batch.tokens.select(rows), micro_batch.log_mass[rows]
     with autocast():
-        hidden = completion_hidden_states(policy, part.input_ids, part.attention_mask, chosen)
+        hidden = completion_hidden_states(policy, micro_batch.input_ids, micro_batch.attention_mask, chosen)
     new = support_log_probs(policy, hidden, tokens.token_ids, temperature)
     head = support_log_probs(policy, tokens.features * temperature, tokens.token_ids, temperature)
     return Measured(
@@ -77,12 +78,14 @@ def measure(
     )
 
 
-def metrics(accelerator: Accelerator, parts: Sequence[Part], found: Sequence[Measured]) -> dict[str, float]:
+def metrics(
+    accelerator: Accelerator, micro_batches: Sequence[MicroBatch], found: Sequence[Measured]
+) -> dict[str, float]:
     """Means over the measured tokens of all ranks, and how well m_F ranks them.
 
     Args:
         accelerator: knows the ranks.
-        parts: this rank's micro-batches.
+        micro_batches: this rank's.
         found: a measurement of each.
 
     Returns:
@@ -97,19 +100,19 @@ def metrics(accelerator: Accelerator, parts: Sequence[Part], found: Sequence[Mea
         finite = values.isfinite()
         counts = torch.stack([finite, torch.ones_like(finite)]).sum(2)
         totals += torch.stack([values.where(finite, 0).sum(1), *counts], 1).cpu()
-    totals = accelerator.reduce(totals.to(accelerator.device), "sum").cpu()
+    totals = sum_ranks(accelerator, totals)
     means = (totals[:, 0] / totals[:, 1].where(totals[:, 2] > 0, 1)).tolist()
     logs = dict(zip(("measured_kl", "measured_kl_head", "measured_objective"), means, strict=True))
     logs["measured_non_finite"] = float(1 - totals[0, 1] / totals[0, 2].clamp(min=1))
-    pairs = [_pairs(part, one) for part, one in zip(parts, found, strict=True)]
+    pairs = [_pairs(*pair) for pair in zip(micro_batches, found, strict=True)]
     correlation = spearman(*gather_columns(accelerator, torch.cat(pairs, 1)))
     return logs if correlation is None else logs | {"kl_spearman": correlation}
 
 
-def _pairs(part: Part, one: Measured) -> Tensor:
+def _pairs(micro_batch: MicroBatch, one: Measured) -> Tensor:
     """(2, n) float32, measured KL and m_F of the tokens with a gradient."""
-    pairs = torch.stack([one.kl.float(), part.selection.policy_shift[one.chosen].float()])
-    moving = part.tokens.advantages[one.chosen] != 0
+    pairs = torch.stack([one.kl.float(), micro_batch.by_rule.policy_shift[one.chosen].float()])
+    moving = micro_batch.tokens.advantages[one.chosen] != 0
     return pairs[:, moving & pairs.isfinite().all(0)]
 
 

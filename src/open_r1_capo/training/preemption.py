@@ -14,8 +14,7 @@ import torch
 from accelerate import Accelerator
 from transformers import Trainer, TrainerCallback
 
-PREEMPTED = 85  # the exit code; no shell or library that is used here gives it another meaning
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from open_r1_capo.runs.exit import SIGNALS
 
 
 class Preempted(Exception):

@@ -1,11 +1,4 @@
-"""Token records: what became of every token of a step, kept for a few steps of a run (<run>/tokens/*.json.gz).
-
-    {"step", "lr", "taken_lr", "measured_kl", "rejected",
-     "completions": [{"prompt", "text", "reward", "advantage", "tokens": [...], "prob": [...], …}]}
-
-Every list of a completion has one entry for each of its tokens that takes part. Numbers have four significant digits;
-one that is not finite is null, and so is a list of what was not measured. On several ranks, the records are of rank 0.
-"""
+"""Write token records (`runs/records.py`): what became of every token of a few steps of a run."""
 
 from __future__ import annotations
 
@@ -22,20 +15,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from open_r1_capo.capo.rules import action_log_prob, gradient_norm
 from open_r1_capo.capo.selection import TokenSelection
+from open_r1_capo.runs.records import NOTABLE, REASONS
 from open_r1_capo.training.measure import Measured
-from open_r1_capo.training.update import Part
-
-# what a notable record was kept for, in the record itself: the first step that was taken, then the largest values
-NOTABLE = {"first": "taken_lr", "most_rejected": "rejected", "largest_kl": "measured_kl"}
-REASONS = {"over_policy": 1, "over_objective": 2, "non_finite": 4, "other": 8}
+from open_r1_capo.training.update import MicroBatch
 
 
 class TokenRecords:
     """The records of one run: the first step, the one with most weight taken away and the one with the largest KL.
 
-    A first step at rate 0, as a warm-up begins, gives way to the first that moved something.
+    If the first step has learning rate 0 (warm-up), it is replaced by the first step with another.
 
     Args:
         folder: <run>/tokens, created when the first record is written.
@@ -69,21 +58,23 @@ class TokenRecords:
             name = path.name.removesuffix(".json.gz")
             self.best[name] = record.get(NOTABLE.get(name)) or 0.0
 
-    def offer(self, whole: dict[str, Any], parts: Sequence[Part], found: Sequence[Measured | None]) -> None:
+    def offer(
+        self, whole: dict[str, Any], micro_batches: Sequence[MicroBatch], found: Sequence[Measured | None]
+    ) -> None:
         """Keep a step if it is notable; the record is built for such a step only.
 
         Args:
             whole: `step`, `lr`, `taken_lr` and `measured_kl` (None if it was not measured).
-            parts: the step's micro-batches.
+            micro_batches: the step's.
             found: a measurement of each, or None.
         """
-        lost = 1 - float(torch.cat([part.taken.weight for part in parts]).mean())
+        lost = 1 - float(torch.cat([one.in_step.weight for one in micro_batches]).mean())
         numbers = {key: value if key == "step" else _number(value) for key, value in whole.items()}
         numbers["rejected"] = _number(lost)
         names = [f"step{whole['step']}"] if self.keep == "all" else self._beaten(numbers)
         if not names:
             return
-        completions = [c for part, one in zip(parts, found, strict=True) for c in self._completions(part, one)]
+        completions = [c for pair in zip(micro_batches, found, strict=True) for c in self._completions(*pair)]
         content = gzip.compress(json.dumps(numbers | {"completions": completions}).encode(), 6, mtime=0)
         self.folder.mkdir(exist_ok=True)
         for name in names:
@@ -101,24 +92,24 @@ class TokenRecords:
         self.best |= new
         return list(new)
 
-    def _completions(self, part: Part, found: Measured | None) -> list[dict[str, Any]]:
+    def _completions(self, micro_batch: MicroBatch, found: Measured | None) -> list[dict[str, Any]]:
         """The completions of a micro-batch, in its order."""
-        columns = _columns(part, found)
-        lengths, (batch, width) = part.mask.sum(1).tolist(), part.mask.shape
+        columns = _columns(micro_batch, found)
+        lengths, (batch, width) = micro_batch.mask.sum(1).tolist(), micro_batch.mask.shape
         lists = {name: [_numbers(values) for values in column.split(lengths)] for name, column in columns.items()}
         measured = [False] * batch if found is None else [bool(rows.any()) for rows in found.chosen.split(lengths)]
-        completions, attended = [], part.attention_mask.bool()
+        completions, attended = [], micro_batch.attention_mask.bool()
         for i, length in enumerate(lengths):
-            ids = part.input_ids[i, -width:][part.mask[i]].tolist()
+            ids = micro_batch.input_ids[i, -width:][micro_batch.mask[i]].tolist()
             row = {name: values[i] for name, values in lists.items()}
             if not measured[i]:
                 row |= dict.fromkeys(("prob_after", "kl", "kl_head"))
             start = sum(lengths[:i])
             completions.append({
-                "prompt": self.tokenizer.decode(part.input_ids[i, :-width][attended[i, :-width]].tolist()),
+                "prompt": self.tokenizer.decode(micro_batch.input_ids[i, :-width][attended[i, :-width]].tolist()),
                 "text": self.tokenizer.decode(ids),
-                "reward": None if part.rewards is None else _number(float(part.rewards[i])),
-                "advantage": _number(float(part.tokens.advantages[start])) if length else None,
+                "reward": None if micro_batch.rewards is None else _number(float(micro_batch.rewards[i])),
+                "advantage": _number(float(micro_batch.tokens.advantages[start])) if length else None,
                 "tokens": [self.tokenizer.decode([token]) for token in ids],
                 **row,
                 "reason": [int(reason) for reason in row["reason"]],
@@ -126,21 +117,21 @@ class TokenRecords:
         return completions
 
 
-def _columns(part: Part, found: Measured | None) -> dict[str, Tensor]:
+def _columns(micro_batch: MicroBatch, found: Measured | None) -> dict[str, Tensor]:
     """A record's columns, (N,) each, in their order; NaN where nothing was measured."""
-    tokens, selection = part.tokens, part.taken
+    tokens, selection = micro_batch.tokens, micro_batch.in_step
     unmeasured = torch.full((len(tokens),), math.nan, dtype=torch.float64, device=tokens.features.device)
 
     def spread(values: Tensor | None) -> Tensor:
         return unmeasured if found is None else unmeasured.masked_scatter(found.chosen, values.double())
 
     return {
-        "prob": action_log_prob(tokens, part.log_mass).exp(),
+        "prob": tokens.action_log_prob(micro_batch.log_mass).exp(),
         "prob_after": spread(found and found.log_prob.exp()),
-        "entropy": part.entropy,
+        "entropy": micro_batch.entropy,
         "policy_shift": selection.policy_shift,
         "objective_shift": selection.objective_shift,
-        "gradient_norm": gradient_norm(tokens),
+        "gradient_norm": tokens.gradient_norm(),
         "kl": spread(found and found.kl),
         "kl_head": spread(found and found.kl_head),
         "weight": selection.weight,

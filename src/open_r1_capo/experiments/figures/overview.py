@@ -38,7 +38,7 @@ COLUMNS = (
 
 def has_steps(folder: Path) -> bool:
     """Whether a folder is that of a run with a line of metrics."""
-    return bool(RunFolder(folder).read_metrics())
+    return bool(RunFolder(folder).metrics())
 
 
 def gather(folders: Sequence[Path], warnings: list[str]) -> Data:
@@ -112,7 +112,7 @@ def against_each_other(folders: Sequence[Path], smooth: float, out: Path) -> lis
     runs = [run for line in data.lines for run in line.runs]
     panels = [panel for panel in PANELS if any(len(run.series(panel.key)[0]) for run in runs)] or PANELS[:1]
     drawn = draw(data, panels, min(3, len(panels)), smooth)
-    ended = {line.arm.label: [RunFolder(run.folder).finished() for run in line.runs] for line in data.lines}
+    ended = {line.arm.label: [RunFolder(run.folder).summary for run in line.runs] for line in data.lines}
     summaries = {label: [summary for summary in seeds if summary] for label, seeds in ended.items()}
     warn(NAME, data.warnings)
     print(table(summaries), end="")

@@ -23,6 +23,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from open_r1_capo.runs.exit import UserError
 from open_r1_capo.tasks.lab import pretrain, task, tokenizer
 from open_r1_capo.tasks.lab.pretrain import LabSettings
 
@@ -31,7 +32,7 @@ MANIFEST = "lab.json"
 Reward = Callable[..., list[float | None]]
 
 
-class LabError(RuntimeError):
+class LabError(UserError, RuntimeError):
     """The lab policy cannot be made or kept; the message says what to change."""
 
 

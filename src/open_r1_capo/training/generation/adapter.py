@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 from trl.generation.vllm_generation import VLLMGeneration
 
-from open_r1_capo.training.checkpoint import damage
+from open_r1_capo.runs.checkpoints import find_damage
 from open_r1_capo.training.generation.backend import Backend, Completion, GenerationError, Sampling
 
 Result = TypeVar("Result")
@@ -201,7 +201,7 @@ class _saving:
 def keep(trainer: Trainer) -> None:
     """Write a checkpoint of the last complete optimizer step, unless there is one; every process must call it."""
     folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-    there = [damage(folder) is None]
+    there = [find_damage(folder) is None]
     if trainer.accelerator.num_processes > 1:
         broadcast_object_list(there, from_process=0)
     if not there[0]:

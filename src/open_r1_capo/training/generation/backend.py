@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from open_r1_capo.runs.exit import UserError
+
 Result = TypeVar("Result")
 
 ATTEMPTS = 5  # of one call, the first included: with the waits below 15 s of silence
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds
 
 
-class GenerationError(RuntimeError):
+class GenerationError(UserError, RuntimeError):
     """Completions cannot be generated; the message is for the user."""
 
 

@@ -6,7 +6,7 @@ import math
 import statistics
 from typing import Any
 
-from open_r1_capo.runs.folder import RunFolder
+from open_r1_capo.runs.run import Run
 
 WINDOW = 10  # steps of a reward window
 
@@ -67,16 +67,16 @@ def summarise(
     return summary
 
 
-def summary_lines(folder: RunFolder) -> list[str]:
+def summary_lines(run: Run) -> list[str]:
     """The result for the terminal.
 
     Args:
-        folder: of a run that has ended.
+        run: one that has ended.
 
     Returns:
         A few lines.
     """
-    s = folder.finished()
+    s = run.summary
     lines = [f"{s['recipe']} on {s['scale']}, seed {s['seed']}: {s['steps']} steps, {s['completions']:,} completions"]
     if s["accuracy_before"] and s["accuracy_after"]:
         b, a = s["accuracy_before"], s["accuracy_after"]
@@ -101,4 +101,10 @@ def summary_lines(folder: RunFolder) -> list[str]:
         lines.append(
             f"  KL of an update    {s['measured_kl']['mean']:.1e} on average, {s['measured_kl']['max']:.1e} at most"
         )
-    return [*lines, f"  report             {folder.report}"]
+    return [*lines, f"  report             {run.report_file}"]
+
+
+def duration(seconds: float) -> str:
+    """A time for people, such as `3 min 07 s`."""
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

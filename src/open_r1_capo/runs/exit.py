@@ -1,0 +1,36 @@
+"""How a command ends: exit codes, the signals that stop a run, and one sentence for a user's mistake."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+
+BAD_INPUT = 2
+PREEMPTED = 85  # stopped at a checkpoint; no shell or library that is used here gives this code another meaning
+INTERRUPTED = 130
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # let the running optimizer step finish, save, and end with PREEMPTED
+
+
+class UserError(Exception):
+    """Something that the user can put right. The message is one sentence: what is wrong, where, what to do."""
+
+
+def run_cli(command: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """Run a command, and turn a user's mistake or Ctrl-C into one sentence and an exit code.
+
+    Args:
+        command: does the work; None stands for 0.
+        interrupted: what Ctrl-C leaves behind, for the user.
+
+    Returns:
+        The process's exit code.
+    """
+    try:
+        return command() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return INTERRUPTED

@@ -1,0 +1,185 @@
+"""Sources: where a recipe's policy and its problems come from. Nobody asks a recipe which source it has.
+
+`policy_source(name)` belongs to `model_name_or_path`, `problem_source(name, path)` to `data.name` and `data.path`. The
+lab is the first of both kinds; everything else is a model folder or a hub id, and a data set. Add a source by writing
+its class here or in a module of its own, and naming it in `POLICIES` or `PROBLEMS`.
+
+Heavy imports (torch, transformers, datasets) are made by the methods that need them: settings are checked without.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+Problem = dict[str, str]  # `problem` (the user's message) and `answer`
+
+
+class PolicySource(ABC):
+    """Gives the policy that training starts from.
+
+    Attributes:
+        group: the recipe's group of settings that shape the policy, such as `lab`; None if there are none.
+        suite: the evaluation suite that fits this policy by default, a name of `evaluation.suite`.
+        system_prompt: used where a run's settings do not say; None is the default of `tasks.data`.
+    """
+
+    group: ClassVar[str | None] = None
+    suite: ClassVar[str] = "open"
+    system_prompt: ClassVar[str | None] = None
+
+    @abstractmethod
+    def folder(self, name: str, settings: Any) -> str:
+        """Make the policy if it has to be made.
+
+        Args:
+            name: `model_name_or_path`.
+            settings: the typed settings of `group`; None without a group.
+
+        Returns:
+            A local folder, or a hub id that transformers resolves.
+
+        Raises:
+            UserError: the policy cannot be made or kept.
+        """
+
+    @abstractmethod
+    def config(self, name: str, settings: Any) -> Mapping[str, Any] | None:
+        """The fields of the policy's Hugging Face config that fix its size, without making it; None if unknown."""
+
+
+class ProblemSource(ABC):
+    """Gives problems with their answers.
+
+    Attributes:
+        reads: the settings of `data` that this source reads, beside `name`, `path` and `max_prompt_tokens`.
+        measured: whether it has held-out problems, so that `evaluation.problems` and `evaluation.suite` can be set.
+    """
+
+    reads: ClassVar[frozenset[str]]
+    measured: ClassVar[bool] = False
+
+    @abstractmethod
+    def training(self, data: Any, seed: int) -> Any:
+        """Training problems.
+
+        Args:
+            data: the recipe's `DataConfig`.
+            seed: of sources that draw their problems.
+
+        Returns:
+            A `datasets.Dataset` with `problem` and `answer`.
+
+        Raises:
+            UserError: the problems cannot be had.
+        """
+
+    def held_out(self, data: Any, count: int) -> list[Problem]:
+        """`count` held-out problems of the kind that is trained on; only where `measured`."""
+        return []
+
+    def suite(self, count: int) -> dict[str, list[Problem]]:
+        """Held-out test sets by name, `count` problems each, whose mean accuracy is TEST; only where `measured`."""
+        return {}
+
+
+class PretrainedPolicy(PolicySource):
+    """A model folder, or a model of the hub."""
+
+    def folder(self, name: str, settings: Any) -> str:
+        """The name itself: transformers resolves it."""
+        return name
+
+    def config(self, name: str, settings: Any) -> Mapping[str, Any] | None:
+        """The folder's config.json; None for a hub id."""
+        import json
+
+        path = Path(name) / "config.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+
+class LabPolicy(PolicySource):
+    """The lab's tiny policy, pretrained on first use and cached."""
+
+    group = "lab"
+    suite = "lab"
+    system_prompt = ""  # the lab's tokenizer has its own short chat template
+
+    def folder(self, name: str, settings: Any) -> str:
+        """Train the policy, or take it from the cache."""
+        from open_r1_capo.tasks.lab.policy import base_policy
+
+        return str(base_policy(settings=settings))
+
+    def config(self, name: str, settings: Any) -> Mapping[str, Any] | None:
+        """Sizes from the settings; the vocabulary is the tokenizer's."""
+        from open_r1_capo.tasks.lab.tokenizer import build_tokenizer
+
+        return {
+            "model_type": "lab policy",
+            "num_hidden_layers": settings.layers,
+            "hidden_size": settings.hidden_size,
+            "intermediate_size": settings.intermediate_size,
+            "num_attention_heads": settings.heads,
+            "num_key_value_heads": settings.kv_heads,
+            "head_dim": settings.hidden_size // settings.heads,
+            "vocab_size": len(build_tokenizer(settings.max_length, settings.mixture.filler_tokens)),
+            "tie_word_embeddings": False,
+        }
+
+
+class DatasetProblems(ProblemSource):
+    """A data set of the hub, or a local JSONL or Parquet file or folder."""
+
+    reads = frozenset({"config", "split", "problem_column", "answer_column"})
+
+    def training(self, data: Any, seed: int) -> Any:
+        """Read the data set."""
+        from open_r1_capo.tasks.data import load_problems
+
+        columns = {"problem_column": data.problem_column, "answer_column": data.answer_column}
+        return load_problems(data.name, data.path, config=data.config, split=data.split, **columns)
+
+
+class LabProblems(ProblemSource):
+    """The lab's sums, drawn from a seed; training and test never share a multiset of terms."""
+
+    reads = frozenset({"problems", "variant"})
+    measured = True
+
+    def training(self, data: Any, seed: int) -> Any:
+        """Draw `data.problems` problems of `data.variant`."""
+        from datasets import Dataset
+
+        from open_r1_capo.tasks.lab.task import problems
+
+        return Dataset.from_list(problems("train", data.problems, seed=seed, variant=data.variant))
+
+    def held_out(self, data: Any, count: int) -> list[Problem]:
+        """Test problems of `data.variant`."""
+        from open_r1_capo.tasks.lab.task import problems
+
+        return problems("test", count, variant=data.variant)
+
+    def suite(self, count: int) -> dict[str, list[Problem]]:
+        """The eight variants."""
+        from open_r1_capo.tasks.lab.task import VARIANTS, problems
+
+        return {name: problems("test", count, variant=name) for name in VARIANTS}
+
+
+POLICIES: dict[str, PolicySource] = {"lab": LabPolicy()}
+PROBLEMS: dict[str, ProblemSource] = {"lab": LabProblems()}
+PRETRAINED, DATASET = PretrainedPolicy(), DatasetProblems()
+
+
+def policy_source(name: str) -> PolicySource:
+    """The source of `model_name_or_path`."""
+    return POLICIES.get(name, PRETRAINED)
+
+
+def problem_source(name: str | None, path: str | None = None) -> ProblemSource:
+    """The source of `data.name` and `data.path`; a path is always a data set."""
+    return DATASET if path else PROBLEMS.get(name or "", DATASET)

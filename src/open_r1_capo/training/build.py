@@ -1,0 +1,186 @@
+"""Build what a run needs from its settings: tokenizer, problems, trainer, held-out evaluation."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
+from trl import GRPOConfig
+
+from open_r1_capo.settings.capo import ConfigError
+from open_r1_capo.settings.run import RunConfig
+from open_r1_capo.tasks.data import SYSTEM_PROMPT, load_problems, to_prompts
+from open_r1_capo.tasks.lab.policy import held_out_accuracy, suite_accuracy
+from open_r1_capo.tasks.lab.task import problems as lab_problems
+from open_r1_capo.tasks.rewards import get_reward_funcs
+from open_r1_capo.training.generation.adapter import attach
+from open_r1_capo.training.generation.choice import backend_for
+from open_r1_capo.training.run_trainer import RunTrainer
+from open_r1_capo.training.token_records import TokenRecords
+from open_r1_capo.training.trainer import CAPOTrainer
+
+Accuracy = Callable[[], dict[str, float]]
+
+
+def known_rewards(config: RunConfig) -> list[Callable]:
+    """Look the rewards up.
+
+    Args:
+        config: our settings.
+
+    Returns:
+        The reward functions.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    try:
+        return get_reward_funcs(config.reward_funcs)
+    except ValueError as error:
+        raise ConfigError(f"reward_funcs: {error}") from None
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Load the policy's tokenizer, the first thing that fails when a model cannot be reached.
+
+    Args:
+        model: local folder or hub id.
+
+    Returns:
+        The tokenizer, padding on the left.
+
+    Raises:
+        ConfigError: the model cannot be reached, or has no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the model {model} cannot be loaded ({str(error).splitlines()[0]}); put a copy of it on this machine and "
+            "set model_name_or_path=<folder>"
+        ) from None
+    if tokenizer.chat_template is None:
+        raise ConfigError(f"the tokenizer of {model} has no chat template, which the prompts need")
+    return tokenizer
+
+
+def load_dataset(config: RunConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
+    """Load the problems and build their prompts.
+
+    Args:
+        config: our settings.
+        tokenizer: measures the prompts.
+        seed: of the lab's problems.
+
+    Returns:
+        Rows with `prompt` and `solution`, without the prompts that are too long.
+
+    Raises:
+        ConfigError: no prompt is short enough.
+    """
+    data = config.data
+    if data.name == "lab" and not data.path:
+        problems = Dataset.from_list(lab_problems("train", data.problems, seed=seed, variant=data.variant))
+    else:
+        columns = {"problem_column": data.problem_column, "answer_column": data.answer_column}
+        problems = load_problems(data.name, data.path, config=data.config, split=data.split, **columns)
+    rows = to_prompts(problems, SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt)
+    if data.max_prompt_tokens is None:
+        return rows
+
+    def short(row: dict[str, Any]) -> bool:
+        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+        return len(ids) <= data.max_prompt_tokens
+
+    kept = rows.filter(short, load_from_cache_file=False)
+    if len(kept) == 0:
+        raise ConfigError(f"no prompt has at most data.max_prompt_tokens={data.max_prompt_tokens} tokens")
+    if len(kept) < len(rows):
+        print(
+            f"{len(rows) - len(kept)} of {len(rows)} prompts are longer than {data.max_prompt_tokens} tokens: left out"
+        )
+    return kept
+
+
+def make_trainer(
+    config: RunConfig,
+    args: GRPOConfig,
+    rewards: list[Callable],
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    *,
+    kind: type[CAPOTrainer] = CAPOTrainer,
+) -> RunTrainer:
+    """Build the trainer.
+
+    Args:
+        config: our settings.
+        args: TRL's.
+        rewards: reward functions.
+        model: local folder or hub id.
+        tokenizer: of the policy.
+        dataset: rows with `prompt` and `solution`.
+        kind: the class of a trainer with CAPO.
+
+    Returns:
+        The trainer, silent but for its callbacks.
+
+    Raises:
+        ConfigError: the model's weights cannot be loaded, or CAPO cannot model its LM head.
+    """
+    backend = backend_for(args, model, config.folder(args.seed))
+    if backend:
+        args.use_vllm = False  # TRL would start its own; `attach` sets it again
+    try:
+        common = {"model": model, "reward_funcs": rewards, "args": args, "train_dataset": dataset}
+        common |= {"processing_class": tokenizer, "advantage_baseline": config.advantage_baseline}
+        if config.capo.on:
+            trainer = kind(**common, capo=config.capo, records=token_records(config, args, tokenizer))
+        else:
+            trainer = RunTrainer(**common)
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"the trainer cannot be built: {' '.join(str(error).split())}") from None
+    trainer.remove_callback(PrinterCallback)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
+        say("FSDP is ignored: accelerate shards on GPUs alone, so that every process here holds the whole model")
+    if backend:
+        attach(trainer, backend)
+    return trainer
+
+
+def held_out(
+    config: RunConfig, trainer: RunTrainer, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Accuracy | None, Accuracy | None]:
+    """Build what measures the trainer's policy on held-out lab problems: accuracy and TEST, None where it is off."""
+    (reward,) = get_reward_funcs(["accuracy"])
+    wanted = config.evaluation
+    problems = lab_problems("test", wanted.problems, variant=config.data.variant) if wanted.problems else []
+
+    def measure(function: Callable, what: Any) -> dict[str, Any]:
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        length = {"temperature": trainer.temperature, "max_new_tokens": trainer.max_completion_length}
+        return function(policy, tokenizer, what, reward, samples=wanted.samples, **length)
+
+    def test() -> dict[str, Any]:
+        found = measure(suite_accuracy, wanted.suite)
+        return {**found, "over": len(found["tasks"])}
+
+    return (lambda: measure(held_out_accuracy, problems)) if problems else None, test if wanted.suite else None
+
+
+def token_records(config: RunConfig, args: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> TokenRecords | None:
+    """Where the run keeps its token records; None if it keeps none."""
+    if config.token_records == "none":
+        return None
+    return TokenRecords(config.folder(args.seed) / "tokens", config.token_records, tokenizer)
+
+
+def say(text: str) -> None:
+    """Tell the user something once, whatever the number of processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)

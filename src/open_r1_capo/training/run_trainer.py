@@ -1,0 +1,178 @@
+"""RunTrainer: TRL's `GRPOTrainer` as one run of this project, whatever the method.
+
+It adds REINFORCE's advantage, rewards that could not be given, a clock for each part of a step, counters, and
+checkpoints that are sealed when they are complete. `trainer.py` adds the method.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+from trl import GRPOTrainer
+
+from open_r1_capo.runs.checkpoints import seal
+from open_r1_capo.training.sampling_drift import SamplingComparison
+from open_r1_capo.training.state import load_state, save_state
+
+
+class RunTrainer(GRPOTrainer):
+    """TRL's GRPO trainer with a clock, counters and sealed checkpoints; its gradients are TRL's, bit for bit.
+
+    Args:
+        *args: as `GRPOTrainer`.
+        advantage_baseline: `group` (GRPO, Dr.GRPO) or `none`: REINFORCE's advantage is the reward itself.
+        **kwargs: as `GRPOTrainer`.
+    """
+
+    def __init__(self, *args: Any, advantage_baseline: str = "group", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.advantage_baseline = advantage_baseline
+        self.counters = {"completions": 0}
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.comparison = SamplingComparison()
+        self.add_callback(_StepCallback(self))
+
+    # --- around a step -----------------------------------------------------------------------------------------------
+
+    def before_training(self) -> None:
+        """Called once, when a run starts or goes on."""
+
+    def before_step(self) -> None:
+        """Called between the last backward pass of an update and `optimizer.step`."""
+
+    def after_step(self) -> None:
+        """Called after `optimizer.step`."""
+
+    def _compute_loss(self, model, inputs):
+        self.comparison.expect(inputs if self._fresh_from_vllm else None)
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self.comparison.see(found[0])
+        return found
+
+    @property
+    def _fresh_from_vllm(self) -> bool:
+        """Whether the sampler had this step's weights, and TRL does not compare its log-probabilities itself."""
+        fresh = self.use_vllm and self._last_loaded_step == self.state.global_step
+        return fresh and self.model.training and not self.vllm_importance_sampling_correction
+
+    # --- rewards, counters, logs -------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs):
+        with self._clock("generate"):
+            output = super()._generate_and_score_completions(inputs)
+        self.seconds["generate"] -= self._reward_seconds
+        self.seconds["reward"] += self._reward_seconds
+        start = self.accelerator.process_index * len(inputs)
+        mine = self._rewards[start : start + len(inputs)] * self.reward_weights.to(self._rewards.device)
+        rewards = mine.nansum(1)  # unscorable: 0, as TRL
+        if self.advantage_baseline == "none":
+            output["advantages"] = rewards
+        self._own_rewards = rewards.masked_fill(mine.isnan().all(1), torch.nan)
+        if self.model.training:
+            self.counters["completions"] += len(inputs) * self.accelerator.num_processes
+        return output
+
+    def _calculate_rewards(self, *args, **kwargs):
+        start = time.perf_counter()
+        rewards = super()._calculate_rewards(*args, **kwargs)
+        # a NaN or infinite reward is an unscorable completion, which TRL leaves out of its group
+        self._rewards: Tensor = rewards.masked_fill(~rewards.isfinite(), torch.nan)
+        self._reward_seconds = time.perf_counter() - start
+        return self._rewards
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the counters and the step's seconds to what TRL logs.
+
+        Args:
+            logs: TRL's and transformers' values, changed in place.
+            start_time: as `Trainer.log`.
+        """
+        if self.model.training and "loss" in logs:
+            total = self.seconds.pop("total", 0.0)
+            train = total - sum(self.seconds.values())
+            logs |= self.counters | {f"time/{name}": value for name, value in self.seconds.items()}
+            logs |= {"time/train": train, "time/total": total, **self.comparison.metrics(self.accelerator)}
+            self.seconds.clear()
+        super().log(logs, start_time)
+
+    def record(self, values: dict[str, float]) -> None:
+        """Put values into the running step's log line."""
+        for name, value in values.items():
+            self._metrics["train"][name].append(value)
+
+    @contextmanager
+    def _clock(self, name: str) -> Iterator[None]:
+        """Add the seconds of a block to a named sum."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            self.seconds[name] += self._now() - start
+
+    def _now(self) -> float:
+        """Seconds, once the accelerator has done what it was asked, so that each block pays for its own work."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a checkpoint holds beside TRL's own: tensors and settings of models, and plain numbers."""
+        return {}, dict(self.counters)
+
+    def _load_state(self, state: dict[str, Any], numbers: dict[str, Any]) -> None:
+        """Take over what `_state` gave."""
+        self.counters = {name: int(numbers[name]) for name in self.counters}
+
+    def _save_checkpoint(self, model, trial):
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None  # no older one goes before this one is complete
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            save_state(folder, *self._state())
+        self.accelerator.wait_for_everyone()  # the other ranks' shards are part of a complete checkpoint
+        if self.args.should_save:
+            seal(folder, self.accelerator.num_processes)
+            rotate_checkpoints(str(folder.parent), limit, use_mtime=True)
+
+    def _load_optimizer_and_scheduler(self, folder):
+        super()._load_optimizer_and_scheduler(folder)
+        if folder is not None:
+            load_state(Path(folder), self._load_state)
+
+
+class _StepCallback(TrainerCallback):
+    """Calls the trainer at the moments around `optimizer.step` that have no method to override."""
+
+    def __init__(self, trainer: RunTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.before_training()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.before_step()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.after_step()
+        self.trainer.seconds["total"] += time.perf_counter() - self.start
