@@ -39,8 +39,8 @@ EXTRAS = {
 
 # The CPU's inner loops in plain C; where there is no compiler torch does the same, five times slower.
 NATIVE = Extension(
-    "open_r1_capo.capo._native",
-    ["src/open_r1_capo/capo/native.c"],
+    "open_r1_capo.capo.engines._native",
+    ["src/open_r1_capo/capo/engines/native.c"],
     extra_compile_args=["-O3", "-fopenmp-simd", "-fno-math-errno"],  # vector roots; exact otherwise
     libraries=["m"],
     optional=True,

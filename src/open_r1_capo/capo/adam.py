@@ -1,7 +1,6 @@
 """Adam's arithmetic on rows of moments (§4.1) in torch: the oracle of the faster engines, and what runs without them.
 
-Three functions make an engine (`engine.py`): `propose`, `commit` and `planned`. `native.py` has them in C for a CPU,
-`kernels.py` in Triton for a GPU.
+Three functions make an engine (`engines/`): `propose`, `commit` and `planned`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from open_r1_capo.capo.last_layer import TokenBatch, row_entries
 from open_r1_capo.capo.moments import MomentTable
 from open_r1_capo.capo.segments import chunks, support_dots, working_set
 
-SMALLEST_DECAY = 1e-24  # a moment that decayed by more is nothing beside a gradient, and its inverse still a float32
+SMALLEST_DECAY = 1e-24  # moments that decayed further are negligible, and 1 / decay must not overflow float32
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How far a step moves the objective and the policy (paper Eq. 10, App. D), from the logit change z alone.
 
-A step α·D of the last layer changes token i's logits by α·z_i with z = D x. Everything below is a function of
-z, the score v, the policy π and the advantage A; nothing here has the width D of the layer.
+A step α·D of the last layer changes token i's logits by α·z_i with z = D x. Everything below is a function of z, the
+score v, the policy π and the advantage A; only the closed form of SGD (`sgd_shifts`) reads the features x.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def working_set(device: torch.device, scratch_bytes: int) -> int:
 
 
 def uses_triton(tensor: Tensor) -> bool:
-    """Whether the kernels of `kernels.py` run on this tensor; triton is no dependency of machines without a GPU."""
+    """Whether Triton kernels run on this tensor; triton is no dependency of machines without a GPU."""
     wanted = os.environ.get(ENGINE_VARIABLE, "")
     return wanted == "triton" or (not wanted and tensor.is_cuda and importlib.util.find_spec("triton") is not None)
 
@@ -60,9 +60,9 @@ def segment_sums(offsets: Tensor, token: Tensor, coefficient: Tensor, features: 
         )
 
     if uses_triton(features):
-        from open_r1_capo.capo import kernels
+        from open_r1_capo.capo import segment_kernels
 
-        return kernels.segment_sums(offsets, token, coefficient, features)
+        return segment_kernels.segment_sums(offsets, token, coefficient, features)
     if len(token) == 0:
         return coefficient.new_zeros(len(offsets) - 1, features.shape[1])
     if features.dtype == coefficient.dtype:

@@ -3,7 +3,7 @@
 `propose` turns each token's (or subset's) gradient g into the direction D = optimizer(g) and returns only the
 logit change z = D x of every token; the step itself is α·D, of ascent. It reads the optimizer's state and never
 changes it. `commit` takes one optimizer step with the accepted tokens; `planned` is the z of that very step.
-This file is the only one that contracts over the width D, always in chunks of bounded size.
+Whatever has the width D of the layer is worked on in chunks of bounded size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_r1_capo.capo import adam, engine
+from open_r1_capo.capo import adam, engines
 from open_r1_capo.capo.last_layer import RowGradient, TokenBatch, merge, row_gradient
 from open_r1_capo.capo.moments import MomentTable
 from open_r1_capo.capo.segments import chunks, entry_dots, segment_sums, support_dots
@@ -237,11 +237,6 @@ class AdamStep(_Step):
         self.rule = adam.AdamRule(beta1, beta2, eps, moment_average, absent_rows)
         self.table = MomentTable(vocab_size, dim)
 
-    def to(self, dtype: torch.dtype) -> AdamStep:
-        """Keep the moments in `dtype`, float32 or float64, whatever the batches' (`MomentTable.convert`)."""
-        self.table.convert(dtype)
-        return self
-
     @torch.no_grad()
     def planned(self, batch: TokenBatch) -> Tensor:
         """z of the step that the committed moments take (before the first commit: 0).
@@ -307,7 +302,7 @@ class AdamStep(_Step):
         self._engine(batch).commit(self.rule, self.table, batch, weight, self.step_count, self.scratch_bytes)
 
     def _engine(self, batch: TokenBatch) -> ModuleType:
-        return engine.choose(self.table, batch.features, self.scratch_bytes)
+        return engines.choose(self.table, batch.features, self.scratch_bytes)
 
     def _apply(self, gradient: RowGradient) -> None:
         self.table.place(gradient.total.device, gradient.total.dtype)

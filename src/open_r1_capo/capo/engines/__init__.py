@@ -8,7 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from open_r1_capo.capo import adam, native
+from open_r1_capo.capo import adam
+from open_r1_capo.capo.engines import native
 from open_r1_capo.capo.moments import MomentTable
 from open_r1_capo.capo.segments import ENGINE_VARIABLE, uses_triton
 
@@ -31,7 +32,7 @@ def choose(table: MomentTable, features: Tensor, scratch_bytes: int) -> ModuleTy
     if wanted not in ("", "torch", "native", "triton"):
         raise ValueError(f"{ENGINE_VARIABLE}: expected torch, native or triton, got {wanted!r}")
     if uses_triton(features):
-        from open_r1_capo.capo import kernels
+        from open_r1_capo.capo.engines import kernels
 
         return kernels
     arithmetic = torch.promote_types(features.dtype, torch.float32)
