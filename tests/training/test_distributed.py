@@ -23,7 +23,7 @@ import ranks  # noqa: E402
 WORKER = """
 import json, sys, torch
 sys.path.insert(0, {tests!r})
-import conftest, training
+import conftest, tiny_trainer
 from transformers import AutoTokenizer
 from pathlib import Path
 policy, out, capo, micro = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
@@ -32,7 +32,7 @@ tokenizer = AutoTokenizer.from_pretrained(policy, padding_side="left")
 def greedy_words(completion_ids, **kwargs):
     return [sum(ids) % 7 / 7 for ids in completion_ids]
 
-trainer = training.build(policy, tokenizer, out, capo, reward=greedy_words, per_device_train_batch_size=micro,
+trainer = tiny_trainer.build(policy, tokenizer, out, capo, reward=greedy_words, per_device_train_batch_size=micro,
     num_generations=4, max_steps=2, learning_rate=1e-3, shuffle_dataset=False,
     generation_kwargs={{"do_sample": True, "top_k": 1}})
 texts = {{}}
@@ -61,8 +61,8 @@ trainer._weigh_tokens = judged
 trainer.train()
 rank = trainer.accelerator.process_index
 state = trainer.step_model.state_dict()
-torch.save({{"weights": texts, "parameters": training.parameters(trainer), "state": state,
-    "metrics": training.history(trainer) if rank == 0 else None}}, out / f"rank{{rank}}.pt")
+torch.save({{"weights": texts, "parameters": tiny_trainer.parameters(trainer), "state": state,
+    "metrics": tiny_trainer.history(trainer) if rank == 0 else None}}, out / f"rank{{rank}}.pt")
 """
 
 

@@ -63,12 +63,6 @@ class MomentTable:
     def restore(self, token_ids: Tensor, first_moment: Tensor, second_moment: Tensor, last_step: Tensor) -> None:
         """Take the state that `touched()` gave.
 
-        Args:
-            token_ids: (R,) int64, distinct.
-            first_moment: (R, D).
-            second_moment: (R, D).
-            last_step: (R,) int64.
-
         Raises:
             ValueError: shapes that do not fit, ids outside the vocabulary or twice, or moments that cannot be.
         """

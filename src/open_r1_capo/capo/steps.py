@@ -56,13 +56,10 @@ class _Step:
         weight: Tensor | None = None,
         reduce: Callable[[RowGradient], RowGradient] | None = None,
     ) -> None:
-        """Take one optimizer step with everything accumulated, and `batch` if given.
+        """Take one optimizer step with everything accumulated, and `batch` with its weights (N,) if given.
 
-        Args:
-            batch: a last micro-batch.
-            weight: its weights (N,).
-            reduce: sums the gradient over the ranks; called once. Without it a single micro-batch needs no sum of
-                its gradient rows, (R, D): the engine folds each row into its moments.
+        `reduce` sums the gradient over the ranks and is called once. Without it, a single micro-batch needs no sum of
+        its gradient rows (R, D): the engine folds each row into its moments.
 
         Raises:
             ValueError: nothing was accumulated and no batch is given, or a batch without weights.
@@ -83,14 +80,10 @@ class _Step:
 
     @torch.no_grad()
     def propose(self, batch: TokenBatch, granularity: str = "token") -> Tensor:
-        """z_NK = D x per unit learning rate, with D = optimizer(mean gradient of the token's subset).
+        """(N, K), z = D x per unit learning rate, with D = optimizer(mean gradient of the token's subset).
 
-        Args:
-            batch: N tokens.
-            granularity: `token`, `sequence` or `group` (by `batch.groups`), or `batch`.
-
-        Returns:
-            (N, K); 0 for tokens whose subset has no gradient (A = 0 throughout), which need no work.
+        The subset is the token itself, its `sequence` or `group` (by `batch.groups`), or the `batch`. z is 0 for the
+        tokens whose subset has no gradient (A = 0 throughout), which need no work.
 
         Raises:
             ValueError: the batch does not fit the model's vocabulary or width, or `groups` is missing.
@@ -173,11 +166,7 @@ class SGDStep(_Step):
         return {"settings": {"optimizer": "sgd"}, "step_count": self.step_count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`.
-
-        Raises:
-            ValueError: the state belongs to another optimizer model.
-        """
+        """Continue from `state_dict()`; ValueError if the state belongs to another optimizer model."""
         _check_settings(self.state_dict()["settings"], state["settings"])
         self.step_count = int(state["step_count"])
 
@@ -239,15 +228,9 @@ class AdamStep(_Step):
 
     @torch.no_grad()
     def planned(self, batch: TokenBatch) -> Tensor:
-        """z of the step that the committed moments take (before the first commit: 0).
+        """(N, K), z per unit learning rate of the step that the committed moments take (before the first commit: 0).
 
         Under `hold`, the rows that the last commit did not touch stay where they are, as in SparseAdam.
-
-        Args:
-            batch: N tokens, of this step or others.
-
-        Returns:
-            (N, K), per unit learning rate.
         """
         self._check(batch)
         if self.step_count == 0:
@@ -279,11 +262,7 @@ class AdamStep(_Step):
         self.step_count = int(state["step_count"])
 
     def _check(self, batch: TokenBatch, weight: Tensor | None = None) -> None:
-        """Check the batch against the model and the weights against the batch, and follow its device.
-
-        Raises:
-            ValueError: the batch has another width, or values that cannot be.
-        """
+        """Check the batch against the model and the weights against the batch, and follow its device."""
         _check_weight(batch, weight)
         if batch.features.shape[1] != self.dim:
             raise ValueError(f"features: expected width {self.dim}, got {batch.features.shape[1]}")

@@ -15,15 +15,9 @@ from open_r1_capo.capo.segments import ENGINE_VARIABLE, uses_triton
 
 
 def choose(table: MomentTable, features: Tensor, scratch_bytes: int) -> ModuleType:
-    """The engine for moments and features (N, D) that are on one device.
+    """The engine, a module with `propose`, `commit` and `planned` as `adam`, for moments and features of one device.
 
-    Args:
-        table: the moments.
-        features: x_ND.
-        scratch_bytes: bound of the temporary memory; the C engine must widen narrow features as a whole.
-
-    Returns:
-        A module with `propose`, `commit` and `planned`, as `adam`.
+    The C engine must widen narrow features as a whole, which `scratch_bytes` may not allow.
 
     Raises:
         ValueError: the environment names an engine that there is not.
