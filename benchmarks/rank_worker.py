@@ -70,8 +70,8 @@ class Rank(CAPOTrainer):
         first = self.accelerator.process_index * len(inputs)
         return batch | completions(self.state.global_step, first, len(inputs), self.step_model.vocab_size)
 
-    def _judge(self, hidden, input_ids, attention_mask, entropies):
-        part = super()._judge(hidden, input_ids, attention_mask, entropies)
+    def _weigh_tokens(self, inputs, hidden, input_ids, attention_mask, entropies):
+        part = super()._weigh_tokens(inputs, hidden, input_ids, attention_mask, entropies)
         chosen = part.by_rule
         columns = (chosen.weight, chosen.policy_shift, chosen.objective_shift)
         columns = [column.float().split(part.mask.sum(1).tolist()) for column in columns]
