@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from open_r1_capo.budget.kl import Estimate, sampled_kl
-    from open_r1_capo.budget.kl_budget import KLBudget, Taken
+    from open_r1_capo.budget.kl_budget import KLBudget, Schedule, Taken
 
-PLACES = {"kl": ("Estimate", "sampled_kl"), "kl_budget": ("KLBudget", "Taken")}
-__all__ = ["Estimate", "KLBudget", "Taken", "sampled_kl"]
+PLACES = {"kl": ("Estimate", "sampled_kl"), "kl_budget": ("KLBudget", "Schedule", "Taken")}
+__all__ = ["Estimate", "KLBudget", "Schedule", "Taken", "sampled_kl"]
 
 
 def __getattr__(name: str) -> Any:

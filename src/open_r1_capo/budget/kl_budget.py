@@ -29,7 +29,7 @@ import torch
 from open_r1_capo.budget.line import COPY_BYTES, line_of
 
 RULES = ("target", "verify")
-SCHEDULES: dict[str, Callable[[float], float]] = {
+SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,
     # a step's KL grows with the square of its rate: the budget of a cosine rate
@@ -38,6 +38,37 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 SMALLEST = 1e-7  # α of the first step: almost nothing, whatever the policy
 STRETCH = 10.0  # largest change of α between two passes; the KL of a very short step is rounding
 ROUNDING = -1e-9  # nats; an estimate may be negative by its rounding, not by more
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the budget changes over the training.
+
+    Attributes:
+        shape: `constant`, `linear` (to 0) or `cosine2` (the square of a cosine, to 0).
+        total_steps: of the training; needed unless the shape is constant.
+        warmup_steps: the first so many budgets grow to the full one, as those of a linear warm-up of the rate would.
+
+    Raises:
+        ValueError: an unknown shape, or one without the number of steps that it needs.
+    """
+
+    shape: str = "constant"
+    total_steps: int | None = None
+    warmup_steps: int = 0
+
+    def __post_init__(self):
+        """Check the fields."""
+        if self.shape not in SHAPES:
+            raise ValueError(f"schedule must be one of {', '.join(SHAPES)}, got {self.shape!r}")
+        if self.shape != "constant" and not self.total_steps:
+            raise ValueError(f"schedule={self.shape} needs total_steps")
+
+    def factor(self, step: int) -> float:
+        """In (0, 1], what multiplies the budget after `step` steps."""
+        done = min(1.0, step / self.total_steps) if self.total_steps else 0.0
+        warm = min(1.0, (step + 1) / self.warmup_steps) ** 2 if self.warmup_steps else 1.0
+        return max(SHAPES[self.shape](done) * warm, SMALLEST)
 
 
 @dataclass(frozen=True)
@@ -70,9 +101,7 @@ class KLBudget:
         rule: `target` or `verify`.
         tolerance: > 1; a step's KL may exceed the budget by this factor.
         max_passes: measurements of a step, at least 1.
-        schedule: of the budget over `total_steps`: `constant`, `linear` or `cosine2`.
-        total_steps: of the training; needed unless the schedule is constant.
-        warmup_steps: the first so many budgets grow to the full one, as a linear warm-up of the rate would.
+        schedule: of the budget; constant by default.
         copy_bytes: largest copy of parameters, for an optimizer that needs one.
         after_move: called whenever the parameters have been moved, to refresh what was made of them.
 
@@ -80,7 +109,7 @@ class KLBudget:
         ValueError: an argument out of range, or an optimizer whose step cannot be pulled back.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (options by name)
         self,
         optimizer: torch.optim.Optimizer,
         nats: float | None = None,
@@ -89,9 +118,7 @@ class KLBudget:
         rule: str = "target",
         tolerance: float = 1.5,
         max_passes: int = 8,
-        schedule: str = "constant",
-        total_steps: int | None = None,
-        warmup_steps: int = 0,
+        schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
         copy_bytes: int = COPY_BYTES,
         after_move: Callable[[], None] | None = None,
     ):
@@ -102,10 +129,6 @@ class KLBudget:
                 raise ValueError(f"{name} must be greater than 0, got {value}")
         if rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
-        if schedule != "constant" and not total_steps:
-            raise ValueError(f"schedule={schedule} needs total_steps")
         if not tolerance > 1:
             raise ValueError(f"tolerance must be greater than 1, got {tolerance}")
         if max_passes < 1:
@@ -114,7 +137,7 @@ class KLBudget:
         self.line = line_of(self.optimizer, copy_bytes)
         self.nats, self.entropy_share, self.rule = nats, entropy_share, rule
         self.tolerance, self.max_passes, self.after_move = tolerance, max_passes, after_move
-        self.schedule, self.total_steps, self.warmup_steps = schedule, total_steps, warmup_steps
+        self.schedule = schedule
         self.alpha = SMALLEST  # of the next step, under `target`
         self.steps = self.taken_back = 0
         self._last_nats: float | None = None
@@ -138,9 +161,7 @@ class KLBudget:
             nats = self.entropy_share * entropy
         if not nats > 0:
             raise ValueError(f"the budget of a step must be greater than 0 nats, got {nats}")
-        done = min(1.0, self.steps / self.total_steps) if self.total_steps else 0.0
-        warm = min(1.0, (self.steps + 1) / self.warmup_steps) ** 2 if self.warmup_steps else 1.0
-        return max(nats * warm * SCHEDULES[self.schedule](done), torch.finfo(torch.float32).tiny)
+        return nats * self.schedule.factor(self.steps)
 
     def step(self, measure: Callable[[], float], nats: float | None = None, entropy: float | None = None) -> Taken:
         """Take the optimizer's step within the budget; in place of `optimizer.step()`.

@@ -8,7 +8,7 @@ with a rate η, a direction d and a decoupled weight decay c, so that from any s
 
 | optimizer | d | c |
 |---|---|---|
-| `Adam`, `AdamW` (amsgrad, fused, foreach, maximize) | m̂ / (√v̂ + ε), of the moments after the step | the decay of AdamW |
+| `Adam`, `AdamW` (any of their options) | m̂ / (√v̂ + ε), of the moments after the step | the decay of AdamW |
 | `SGD` with momentum | the momentum buffer | 0 |
 | `SGD` with Nesterov momentum | gradient + μ · buffer | 0, or the decay |
 | `SGD` | the gradient | the decay |
@@ -75,9 +75,9 @@ class CopiedLine:
         size = sum(p.numel() * p.element_size() for p in parameters)
         if size > copy_bytes:
             raise ValueError(
-                f"the step of {type(optimizer).__name__} cannot be pulled back from its state, and its parameters "
-                f"take {size / 2**30:.1f} GiB, more than copy_bytes allows ({copy_bytes / 2**30:.1f} GiB): use Adam, AdamW "
-                "or SGD, train fewer parameters (LoRA), or raise copy_bytes"
+                f"the step of {type(optimizer).__name__} cannot be pulled back from its state, and its parameters take "
+                f"{size / 2**30:.1f} GiB, over copy_bytes ({copy_bytes / 2**30:.1f} GiB): use Adam, AdamW or SGD, train "
+                "fewer parameters (LoRA), or raise copy_bytes"
             )
         self.optimizer = optimizer
         self._old: list[tuple[Tensor, Tensor]] = []
