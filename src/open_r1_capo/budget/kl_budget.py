@@ -118,7 +118,7 @@ class KLBudget:
         rule: str = "target",
         tolerance: float = 1.5,
         max_passes: int = 8,
-        schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
+        schedule: Schedule = Schedule(),
         copy_bytes: int = COPY_BYTES,
         after_move: Callable[[], None] | None = None,
     ):
@@ -142,6 +142,7 @@ class KLBudget:
         self.steps = self.taken_back = 0
         self._last_nats: float | None = None
         self._scheduled: list[Any] = []
+        self._takes = True  # the coming step
 
     def budget(self, nats: float | None = None, entropy: float | None = None) -> float:
         """The coming step's budget in nats.
@@ -179,9 +180,8 @@ class KLBudget:
             ValueError: a budget that is not positive, or a measurement that is no KL.
         """
         budget = self.budget(nats, entropy)
-        if not self.begin(budget):
-            return self._record(Taken(0.0, budget, 0.0, 0, taken_back=True))
-        self.optimizer.step()
+        if self.begin(budget):
+            self.optimizer.step()
         return self.settle(measure, budget)
 
     def begin(self, nats: float) -> bool:
@@ -195,7 +195,8 @@ class KLBudget:
         """
         groups = self.optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        if gradients and not bool(torch.stack([g.detach().sum().isfinite() for g in gradients]).all()):
+        self._takes = not gradients or bool(torch.stack([g.detach().sum().isfinite() for g in gradients]).all())
+        if not self._takes:
             return False
         self._scheduled = [group["lr"] for group in groups]
         if self.rule == "target":
@@ -208,7 +209,7 @@ class KLBudget:
         return True
 
     def settle(self, measure: Callable[[], float], nats: float) -> Taken:
-        """Measure the step that has been taken, and move along it until its KL fits.
+        """Measure the step that has been taken, and move along it until its KL fits; after `begin`, whatever it said.
 
         Args:
             measure: as in `step`.
@@ -217,6 +218,8 @@ class KLBudget:
         Returns:
             What became of the step; the scheduled learning rates are restored.
         """
+        if not self._takes:
+            return self._record(Taken(0.0, nats, 0.0, 0, taken_back=True))
         rate = max(float(group["lr"]) for group in self.optimizer.param_groups)
         s, low, high = 1.0, None, None  # (s, KL) of the longest step that fits, and of the shortest that does not
         kl = math.nan

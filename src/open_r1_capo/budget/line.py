@@ -75,9 +75,9 @@ class CopiedLine:
         size = sum(p.numel() * p.element_size() for p in parameters)
         if size > copy_bytes:
             raise ValueError(
-                f"the step of {type(optimizer).__name__} cannot be pulled back from its state, and its parameters take "
-                f"{size / 2**30:.1f} GiB, over copy_bytes ({copy_bytes / 2**30:.1f} GiB): use Adam, AdamW or SGD, train "
-                "fewer parameters (LoRA), or raise copy_bytes"
+                f"the step of {type(optimizer).__name__} cannot be pulled back from its state, and its parameters "
+                f"take {size / 2**30:.1f} GiB, over copy_bytes ({copy_bytes / 2**30:.1f} GiB): use Adam, AdamW, SGD, "
+                "train fewer parameters (LoRA), or raise copy_bytes"
             )
         self.optimizer = optimizer
         self._old: list[tuple[Tensor, Tensor]] = []
