@@ -91,7 +91,7 @@ def main() -> None:
         dataset = load_dataset(config, tokenizer, args.seed)
         trainer = make_trainer(config, args, known_rewards(config), model, tokenizer, dataset)
         regions = {name: Mask(*bounds) for name, bounds in PAPER.items()} | {"run": config.capo.rule}
-        twins = trainer.step_model = Twins(trainer.step_model, regions, trainer._scheduled_lr)
+        twins = trainer.step_model = Twins(trainer.step_model, regions, trainer._coming_lr)
         trainer.train()
     steps = {"recipe": options.recipe, "seed": args.seed, "steps": args.max_steps, "learning_rate": args.learning_rate}
     print(f"{steps}, {twins.tokens} tokens with a gradient\n\n| thresholds | δ_F | δ_H | rejected | masks changed |")

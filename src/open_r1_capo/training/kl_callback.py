@@ -129,8 +129,8 @@ class KLBudgetCallback(TrainerCallback):
         """Set the rate of the coming step; throw away a gradient that is not finite."""
         if not self._asked:
             raise ValueError(
-                "KLBudgetCallback saw no log-probabilities in the backward pass: it works with TRL's trainers that ask "
-                "the model for them (GRPOTrainer, RLOOTrainer)"
+                "KLBudgetCallback saw no log-probabilities in the backward pass: it works with TRL's trainers that "
+                "ask the model for them (GRPOTrainer, RLOOTrainer)"
             )
         entropy = _over_ranks([(one.entropy, int(one.mask.sum())) for one in self._asked])
         self._nats = self.budget.budget(entropy=entropy)
