@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 import torch
 from trl import GRPOConfig
 
+from open_r1_capo.settings.budget import BudgetConfig
 from open_r1_capo.settings.capo import CAPOConfig, ConfigError, capo_config, capo_keys
 from open_r1_capo.tasks.lab.pretrain import LabSettings
 from open_r1_capo.tasks.lab.task import VARIANTS, Mixture
@@ -108,6 +109,7 @@ class RunConfig:
         allow_other_processes: go on with another number of processes, though not exactly.
         token_records: what became of each token is kept of the `notable` steps, of `all`, or of `none`.
         capo: see `CAPOConfig`.
+        budget: see `BudgetConfig`.
         data: see `DataConfig`.
         evaluation: see `EvaluationConfig`.
         lab: see `LabSettings`; which policy model_name_or_path=lab makes.
@@ -131,6 +133,7 @@ class RunConfig:
     allow_other_processes: bool = False
     token_records: str = "notable"
     capo: CAPOConfig = field(default_factory=CAPOConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     lab: LabSettings = field(default_factory=LabSettings)
@@ -151,6 +154,12 @@ class RunConfig:
                 raise ConfigError(f"evaluation.{name} measures the lab's own problems: set it to 0 and use make eval")
         if "/" in self.variant:
             raise ConfigError(f"variant is a part of a folder's name and has no '/', got {self.variant!r}")
+        if self.budget.on and not self.capo.on:
+            raise ConfigError("budget.rule needs the step's tokens: use capo.mode=observe, which changes nothing else")
+        if self.budget.on and self.capo.step.acts:
+            raise ConfigError(
+                "budget.rule measures each step, capo.step_policy_shift predicts it: leave one of them out"
+            )
         if not self.reward_funcs:
             raise ConfigError("reward_funcs is empty: name at least one reward, for example reward_funcs=[accuracy]")
 
@@ -160,7 +169,12 @@ class RunConfig:
         return Path(self.output_root) / name / self.scale / f"seed{seed}"
 
 
-NESTED: dict[str, type] = {"data": DataConfig, "evaluation": EvaluationConfig, "lab": LabSettings}
+NESTED: dict[str, type] = {
+    "budget": BudgetConfig,
+    "data": DataConfig,
+    "evaluation": EvaluationConfig,
+    "lab": LabSettings,
+}
 KEPT_LOSSES = ("grpo", "dr_grpo", "bnpo")  # whose token count is known within the micro-batch
 TRL_CHOICES = {  # which TRL checks when the first batch has been generated
     "loss_type": ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
