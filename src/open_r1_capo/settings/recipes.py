@@ -17,7 +17,7 @@ from open_r1_capo.settings.capo import ConfigError, capo_keys, unread
 from open_r1_capo.settings.run import NESTED, OURS, TRL_FIELDS
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
-GROUPS = ("method", "regime", "scale", "generation")
+GROUPS = ("method", "budget", "regime", "scale", "generation")
 LAB_IGNORES = ("data.config", "data.split", "data.problem_column", "data.answer_column")
 
 

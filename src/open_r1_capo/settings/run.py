@@ -157,9 +157,7 @@ class RunConfig:
         if self.budget.on and not self.capo.on:
             raise ConfigError("budget.rule needs the step's tokens: use capo.mode=observe, which changes nothing else")
         if self.budget.on and self.capo.step.acts:
-            raise ConfigError(
-                "budget.rule measures each step, capo.step_policy_shift predicts it: leave one of them out"
-            )
+            raise ConfigError("budget.rule measures each step, capo.step_policy_shift predicts it: leave one out")
         if not self.reward_funcs:
             raise ConfigError("reward_funcs is empty: name at least one reward, for example reward_funcs=[accuracy]")
 
