@@ -73,8 +73,8 @@ report: $(STAMP) ## write the report of RUN=<run folder>, ended or not
 compare: $(STAMP) ## RUNS="<run folder> …" on one page, OUT=outputs/compare.html
 	@$(BIN)/python -m open_r1_capo.report.compare --out $(or $(OUT),outputs/compare.html) $(RUNS)
 
-figures: $(STAMP) ## draw NAME=fig2 (without it all that have runs) SCALE=lab [SEEDS=5 SMOOTH=0.9|off OUT=], or RUNS="<run folder> …"
-	@$(BIN)/python -m open_r1_capo.experiments.figures.draw --scale $(SCALE) $(if $(NAME),--name $(NAME)) $(if $(SEEDS),--seeds $(SEEDS)) \
-	  $(if $(SMOOTH),--smooth $(SMOOTH)) $(if $(OUT),--out $(OUT)) $(or $(RUNS),$(if $(NAME),,--all $(wildcard outputs/*/*/seed*)))
+figures: $(STAMP) ## draw NAME=fig2 (without it all that have runs) SCALE=lab [SEEDS=5 SMOOTH=0.9|off OUT=]
+	@$(BIN)/python -m open_r1_capo.experiments.figures --scale $(SCALE) $(if $(NAME),--name $(NAME)) $(if $(SEEDS),--seeds $(SEEDS)) \
+	  $(if $(SMOOTH),--smooth $(SMOOTH)) $(if $(OUT),--out $(OUT))
 
 include $(wildcard eval/eval.mk benchmarks/bench.mk)
