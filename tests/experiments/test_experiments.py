@@ -161,8 +161,8 @@ def test_what_is_missing(folder):
     folder("one", title="T", seeds=[2, 3], arms=[{"label": "A", "recipe": "grpo_aggressive"}])
     experiment = load("one")
     write_run(experiment.folder(experiment.arms[0], 2), [0.5] * 10)
-    assert sweep.missing(experiment, experiment.runs()) == [(experiment.arms[0], 3)]
-    assert {"SCALE=lab", "SEED=3"} <= set(sweep.make_train(experiment, (experiment.arms[0], 3)))
+    assert sweep.due(experiment, sweep._survival(experiment)) == [(experiment.arms[0], 3)]
+    assert {"SCALE=lab", "SEED=3"} <= set(sweep.command(experiment, (experiment.arms[0], 3)))
 
 
 def test_a_dry_run_of_a_search_lists_its_next_runs(folder, capsys):

@@ -43,15 +43,9 @@ class ExperimentError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Arm:
-    """One line of a figure.
+    """One line of a figure: a recipe, and what is changed in it as `key=value`."""
 
-    Attributes:
-        label: its name in the legend; the arms of a grid share it.
-        recipe: a recipe's name.
-        overrides: what is changed in it, as `key=value`.
-    """
-
-    label: str
+    label: str  # in the legend; the arms of a grid share it
     recipe: str
     overrides: tuple[str, ...] = ()
 
@@ -67,27 +61,16 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
-    """The runs of one figure at one scale.
-
-    Attributes:
-        name: the file's name.
-        title: one line.
-        scale: a scale's name.
-        arms: in the order of the legend.
-        seeds: of every arm.
-        common: overrides that all runs of the scale share.
-        search: the grid's key whose largest surviving value is searched by bisection; None runs everything.
-        root: where the runs are.
-    """
+    """The runs of one figure at one scale; see the module for the keys of its file."""
 
     name: str
     title: str
     scale: str
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
-    common: tuple[str, ...] = ()
+    common: tuple[str, ...] = ()  # overrides that all runs of the scale share
     search: str | None = None
-    root: Path = OUTPUTS
+    root: Path = OUTPUTS  # holds the runs' folders
 
     def folder(self, arm: Arm, seed: int) -> Path:
         """The folder of one run."""

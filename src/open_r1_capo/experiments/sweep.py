@@ -21,8 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -72,7 +71,7 @@ def work(options: argparse.Namespace) -> int:
     settings = check(experiment)
     if options.dry_run:
         for job in due(experiment, _survival(experiment)):
-            print(shlex.join(make_train(experiment, job)))
+            print(shlex.join(command(experiment, job)))
         if experiment.search:
             print("a search: these are its next runs, and decide which ones follow", file=sys.stderr)
         return 0
@@ -132,9 +131,7 @@ def check(experiment: Experiment) -> dict[str, Any]:
 def due(experiment: Experiment, outcome: Callable[[Job], bool | None]) -> list[Job]:
     """The runs to do next: every missing one; in a search the one of each label that decides its next step.
 
-    Args:
-        experiment: with or without a search.
-        outcome: whether a finished run is usable; None for a run that is not there.
+    `outcome` tells whether a finished run is usable, and is None for a run that is not there.
     """
     if experiment.search is None:
         return [job for job in experiment.runs() if outcome(job) is None]
@@ -143,15 +140,14 @@ def due(experiment: Experiment, outcome: Callable[[Job], bool | None]) -> list[J
 
 
 def next_probe(arms: Sequence[Arm], experiment: Experiment, outcome: Callable[[Job], bool | None]) -> Job | None:
-    """One step of the bisection for the largest value at which every seed survives, taking survival as monotone.
+    """The next run of the bisection for the largest value at which every seed survives; None when that is known.
+
+    Survival is taken as monotone in the value.
 
     Args:
         arms: of one label, one for each value of the grid.
         experiment: its seeds and the searched key.
         outcome: as in `due`.
-
-    Returns:
-        The run that is missing for the next decision; None when the value is known.
     """
     ordered = sorted(arms, key=lambda arm: arm.value(experiment.search))
     low, high = -1, len(ordered)  # the largest value known to survive, the smallest known to fail
@@ -180,24 +176,11 @@ def _survival(experiment: Experiment) -> Callable[[Job], bool | None]:
     return lambda job: usable(rewards[job], base) if job in rewards else None
 
 
-def missing(experiment: Experiment, jobs: Iterable[Job]) -> list[Job]:
-    """The runs without a summary."""
-    return [job for job in jobs if Run(experiment.folder(*job)).summary is None]
-
-
 # --- how they are run ------------------------------------------------------------------------------------------------
 
 
 def run(experiment: Experiment, launch: Callable[[list[Job]], None]) -> list[Job]:
-    """Run what is missing, in rounds where the experiment searches for a largest value.
-
-    Args:
-        experiment: to be completed.
-        launch: runs jobs and waits for them; a job that fails leaves the others alone.
-
-    Returns:
-        The runs that failed.
-    """
+    """Have `launch` run what is missing, in rounds where the experiment is a search; returns the runs that failed."""
     failed: list[Job] = []
     (experiment.root / LOGS).mkdir(parents=True, exist_ok=True)
     for number in itertools.count():
@@ -208,27 +191,19 @@ def run(experiment: Experiment, launch: Callable[[list[Job]], None]) -> list[Job
             print(f"{experiment.name}: {len(jobs)} runs to do", file=sys.stderr, flush=True)
         with progress(experiment, jobs):
             launch(jobs)
-        failed += missing(experiment, jobs)
+        failed += [job for job in jobs if Run(experiment.folder(*job)).summary is None]
     return failed
 
 
-def make_train(experiment: Experiment, job: Job) -> list[str]:
-    """The make command of a run; make hands ARGS to a shell, so that it is quoted in itself."""
+def command(experiment: Experiment, job: Job, slurm: Sequence[str] | None = None) -> list[str]:
+    """The command of a run: `make train`, or with options of slurm/train.slurm its submission, which waits."""
     arm, seed = job
-    place = [f"RECIPE={arm.recipe}", f"SCALE={experiment.scale}", f"SEED={seed}"]
-    return ["make", "train", *place, f"ARGS={_args(experiment, job)}"]
-
-
-def slurm_train(experiment: Experiment, job: Job, options: Sequence[str]) -> list[str]:
-    """The command that submits a run to Slurm, with more options of the script, and waits for its job."""
-    arm, seed = job
-    words = [TRAIN_SCRIPT, "--wait", "--recipe", arm.recipe, "--scale", experiment.scale, "--seed", str(seed)]
-    return [*words, *options, "--args", _args(experiment, job)]
-
-
-def _args(experiment: Experiment, job: Job) -> str:
-    """A run's overrides but scale and seed, quoted for a shell."""
-    return shlex.join(item for item in experiment.overrides(*job) if item.partition("=")[0] not in ("scale", "seed"))
+    changes = (item for item in experiment.overrides(*job) if item.partition("=")[0] not in ("scale", "seed"))
+    args = shlex.join(changes)  # both hand it to a shell or to shlex
+    if slurm is None:
+        return ["make", "train", f"RECIPE={arm.recipe}", f"SCALE={experiment.scale}", f"SEED={seed}", f"ARGS={args}"]
+    place = ["--recipe", arm.recipe, "--scale", experiment.scale, "--seed", str(seed)]
+    return [TRAIN_SCRIPT, "--wait", *place, *slurm, "--args", args]
 
 
 def log_of(experiment: Experiment, job: Job) -> Path:
@@ -238,16 +213,13 @@ def log_of(experiment: Experiment, job: Job) -> Path:
 
 
 def by_commands(experiment: Experiment, jobs: Sequence[Job], slurm: Sequence[str] | None) -> None:
-    """Run jobs by commands and wait for them: on this machine's GPUs one after the other, or by Slurm all at once.
+    """Run jobs by `command` and wait for them: on this machine's GPUs one after the other, or by Slurm all at once.
 
-    Args:
-        experiment: whose runs they are.
-        jobs: to be run.
-        slurm: more options of slurm/train.slurm; None runs here. Ctrl-C leaves submitted jobs to Slurm.
+    Ctrl-C leaves submitted jobs to Slurm.
     """
     running = []
     for job in jobs:
-        words = make_train(experiment, job) if slurm is None else slurm_train(experiment, job, slurm)
+        words = command(experiment, job, slurm)
         with log_of(experiment, job).open("a") as log:
             print(time.strftime("%F %T"), shlex.join(words), file=log, flush=True)
             running.append(subprocess.Popen(words, stdout=log, stderr=log))
@@ -260,33 +232,30 @@ def by_commands(experiment: Experiment, jobs: Sequence[Job], slurm: Sequence[str
 def on_cpu(experiment: Experiment, jobs: Sequence[Job], workers: int) -> None:
     """Run jobs in processes of this machine, each of which imports torch once.
 
-    A process is a pool of its own: if it is killed (out of memory), its run fails, and another takes its place.
-
-    Args:
-        experiment: whose runs they are.
-        jobs: to be run.
-        workers: how many at a time.
+    Each is a pool of its own: if it is killed (out of memory), its run fails, and another process takes its place.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C, which stops the processes.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, which stops the processes.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: one run a core
-    waiting = deque(jobs)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: its processes would outlive it
+    waiting = iter(jobs)  # the threads share it
 
     def serve() -> None:
-        while waiting:
-            with one_process() as process, contextlib.suppress(BrokenProcessPool):
-                while waiting:
-                    job = waiting.popleft()
-                    words = job[0].recipe, experiment.overrides(*job), log_of(experiment, job)
-                    process.submit(train_here, *words).result()
+        process = one_process()
+        for job in waiting:
+            try:
+                process.submit(train_here, job[0].recipe, experiment.overrides(*job), log_of(experiment, job)).result()
+            except BrokenProcessPool:
+                process = one_process()
+        process.shutdown()
 
     with ThreadPoolExecutor(workers) as threads:
         try:
             for thread in [threads.submit(serve) for _ in range(min(workers, len(jobs)))]:
                 thread.result()
         except KeyboardInterrupt:
-            waiting.clear()
+            list(waiting)  # leaves none to the threads
             for process in multiprocessing.active_children():
                 os.kill(process.pid, signal.SIGINT)
             raise
