@@ -224,7 +224,7 @@ def test_runs_on_gpus_are_submitted_where_there_is_slurm(on_gpus, tmp_path, monk
     monkeypatch.setattr(sweep.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert sweep.main([*on_gpus, "--no-slurm"]) == 1
     assert (tmp_path / "said").is_file()
-    assert sweep.main([*on_gpus, "--slurm", "--nodes 2 --tp 2"]) == 1
+    assert sweep.main([*on_gpus, "--slurm", "--nodes=2 --tp 2"]) == 1
     found = sorted(tmp_path.glob("said.*"))
     assert len(found) == 2
     submitted = [launch.parser().parse_args(path.read_text().splitlines()) for path in found]
