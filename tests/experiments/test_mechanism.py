@@ -9,7 +9,6 @@ import torch
 
 import oracle
 import pages
-from open_r1_capo import grpo
 from open_r1_capo.capo import Mask
 from open_r1_capo.experiments import counterfactual, mechanism
 from open_r1_capo.experiments.counterfactual import (
@@ -23,6 +22,7 @@ from open_r1_capo.experiments.counterfactual import (
 from open_r1_capo.settings.recipes import compose_recipe, known_recipes
 from open_r1_capo.settings.run import build
 from open_r1_capo.tasks.lab import task
+from open_r1_capo.training.run import command
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -105,7 +105,7 @@ def run(tmp_path_factory, lab_policy):
         "evaluation.problems=0", "learning_rate=1e-3", "token_records=all", f"output_root={root}",
         f"model_name_or_path={lab_policy}",
     ]  # fmt: skip
-    assert grpo.main(["--config-name", "grpo_aggressive", *settings]) == 0
+    assert command("grpo_aggressive", settings) == 0
     return root / "grpo_aggressive" / "lab" / "seed0"
 
 
