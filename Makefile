@@ -45,7 +45,7 @@ train: $(STAMP) ## train RECIPE=capo_aggressive SCALE=lab SEED=0 ARGS="learning_
 	@$(LAUNCH) --config-name $(RECIPE) scale=$(SCALE) seed=$(SEED) $(if $(OVERWRITE),overwrite=true) $(ARGS)
 
 experiment: $(STAMP) ## NAME=fig2 SCALE=lab [SEEDS=5 ARGS=--dry-run]: the missing runs of a figure, side by side or by Slurm
-	@$(if $(filter lab%,$(SCALE)),OMP_NUM_THREADS=1 )$(BIN)/python -m open_r1_capo.experiments.sweep $(NAME) --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
+	@$(BIN)/python -m open_r1_capo.experiments.sweep $(NAME) --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 test: $(STAMP) ## unit and integration tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
@@ -73,8 +73,8 @@ report: $(STAMP) ## write the report of RUN=<run folder>, ended or not
 compare: $(STAMP) ## RUNS="<run folder> …" on one page, OUT=outputs/compare.html
 	@$(BIN)/python -m open_r1_capo.report.compare --out $(or $(OUT),outputs/compare.html) $(RUNS)
 
-figures: $(STAMP) ## draw NAME=fig2 (without it all that have runs) SCALE=lab [SEEDS=5 SMOOTH=0.9|off OUT=], or RUNS="<run folder> …"
-	@$(BIN)/python -m open_r1_capo.experiments.figures.draw --scale $(SCALE) $(if $(NAME),--name $(NAME)) $(if $(SEEDS),--seeds $(SEEDS)) \
-	  $(if $(SMOOTH),--smooth $(SMOOTH)) $(if $(OUT),--out $(OUT)) $(or $(RUNS),$(if $(NAME),,--all $(wildcard outputs/*/*/seed*)))
+figures: $(STAMP) ## draw NAME=fig2 (without it all that have runs) SCALE=lab [SEEDS=5 SMOOTH=0.9|off OUT=]
+	@$(BIN)/python -m open_r1_capo.experiments.figures --scale $(SCALE) $(if $(NAME),--name $(NAME)) $(if $(SEEDS),--seeds $(SEEDS)) \
+	  $(if $(SMOOTH),--smooth $(SMOOTH)) $(if $(OUT),--out $(OUT))
 
 include $(wildcard eval/eval.mk benchmarks/bench.mk)

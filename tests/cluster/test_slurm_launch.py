@@ -156,6 +156,10 @@ def test_a_dry_run_prints_the_submission_and_the_commands(capsys, monkeypatch):
     assert {"--nodes=2", "--gres=gpu:8", "--array=0-4"} <= set(words)
     assert words[words.index("slurm/train.slurm") :][1:] == ["--seed", "0-4", "--nodes", "2", "--gpus-per-node", "8"]
     assert shlex.split(trainer) == resolved("", Place(("node1", "node2"), ("node1", "node2"), 8))[0].srun()
+    assert launch.main(["--seed", "3", "--wait", "--dry-run"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[0])
+    assert words.index("--wait") < words.index("slurm/train.slurm")
+    assert words[words.index("slurm/train.slurm") :][1:] == ["--seed", "3"]
 
 
 # --- what the pinned programs accept ---------------------------------------------------------------------------------

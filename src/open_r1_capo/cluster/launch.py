@@ -62,6 +62,9 @@ def parser() -> Parser:
     one.add_argument("--dp", type=_positive, help="copies of it; by default as many as fit the server's GPUs")
     one.add_argument("--args", default="", metavar='"KEY=VALUE …"', help="overrides of the recipe")
     one.add_argument("--serve", action="store_true", help="run the server alone, on all of the job's GPUs")
+    one.add_argument(
+        "--wait", action="store_true", help="when submitting: return when the job ends, with its exit code"
+    )
     one.add_argument("--dry-run", action="store_true", help="print the resolved commands")
     return one
 
@@ -202,8 +205,9 @@ def submission(options: argparse.Namespace, argv: Sequence[str], gpus: int) -> l
     command = ["sbatch", f"--nodes={options.nodes or 1}", f"--gres=gpu:{gpus}" if gpus else "--gres=none"]
     command += ["--job-name", f"{options.recipe}-{options.scale}"]
     command += [f"--array={options.seed}"] if options.seed and not options.seed.isdecimal() else []
+    command += ["--wait"] if options.wait else []
     script = SERVE_SCRIPT if options.serve else TRAIN_SCRIPT
-    return [*command, script, *(word for word in argv if word not in ("--dry-run", "--serve"))]
+    return [*command, script, *(word for word in argv if word not in ("--dry-run", "--serve", "--wait"))]
 
 
 def _submit(command: Sequence[str]) -> int:
