@@ -321,10 +321,13 @@ def test_seeds_of_one_recipe_are_a_group(tmp_path):
     runs = data_of(page)["runs"]
     assert [(run["label"], run["colour"], run["style"].strip()) for run in runs] == [
         *((f"capo_aggressive · seed {seed}", 0, "thin") for seed in range(3)),
-        ("capo_aggressive, mean of 3 seeds", 0, "thick"),
+        ("capo_aggressive, mean of 2 seeds", 0, "thick"),
         ("grpo_aggressive · seed 0", 1, ""),
     ]
     assert '<th scope="col">capo_aggressive</th><th scope="col">grpo_aggressive</th>' in page
+    rewards = [run["metrics"].get("reward") for run in runs]
+    assert rewards[2] is None
+    assert rewards[3] == pytest.approx([(a + b) / 2 for a, b in zip(*rewards[:2], strict=True)], rel=1e-4)
     assert '<th scope="row">seed</th><td>0, 1, 2</td><td>0</td>' in page
     assert '<th scope="row">recipe</th><td>capo_aggressive</td><td>grpo_aggressive</td>' in page
 

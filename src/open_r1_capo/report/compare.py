@@ -1,6 +1,6 @@
 """One page for several runs: each panel with a line a run, the results, and the settings in which they differ.
 
-Runs that differ in the seed alone are a group: lines of one colour, their mean a thick one.
+Runs that differ in the seed alone are a group: thin lines of one colour, and their mean as a thick one.
 
 python -m open_r1_capo.report.compare --out compare.html <run folder> <run folder> …
 """
@@ -60,21 +60,24 @@ def write_comparison(names: list[str], out: Path) -> None:
     group_labels, labels = label_runs(groups)
     curves, results, notes = [], [], []
     for i, (group, label) in enumerate(zip(groups, group_labels, strict=True)):
-        colour, dashed = RUN_COLOURS[i % 8], "dashed" if i >= 8 else ""
-        swatch = f'<span class="swatch" style="--colour: var(--c{colour})"></span>'
+        look = {"colour": RUN_COLOURS[i % 8], "style": "dashed" if i >= 8 else ""}
+        swatch = f'<span class="swatch" style="--colour: var(--c{look["colour"]})"></span>'
         seeds, summaries = [], []
         for run in group:
             seed, summary, said = read_curves(run, labels[run], run.summary)
-            seeds.append(seed | {"colour": colour, "style": f"thin {dashed}" if len(group) > 1 else dashed})
+            seeds.append(seed | look)
             summaries.append(summary | last_and_best(seed["tests"].get("test", [])))
             results.append([swatch + text(labels[run]), *result_cells(summaries[-1:])])
             notes += [f"{labels[run]}: {note}" for note in said]
-        if len(group) > 1:
-            mean = {table: mean_table([seed[table] for seed in seeds]) for table in ("metrics", "tests")}
-            name = f"{label}, mean of {len(group)} seeds"
-            seeds.append(mean | {"label": name, "colour": colour, "style": f"thick {dashed}"})
-            results.append([f"{swatch}<b>{text(name)}</b>", *result_cells(summaries)])
         curves += seeds
+        begun = [seed for seed in seeds if seed["metrics"]]
+        if len(begun) > 1:
+            for seed in seeds:
+                seed["style"] = f"thin {look['style']}"
+            mean = {table: mean_table([seed[table] for seed in begun]) for table in ("metrics", "tests")}
+            name = f"{label}, mean of {len(begun)} seeds"
+            curves.append(mean | {"label": name, "colour": look["colour"], "style": f"thick {look['style']}"})
+            results.append([swatch + text(name), *result_cells(summaries)])
     panels = compare_panels(curves)
     for each in curves:
         limit = 2 * METRICS_LIMIT // len(curves)

@@ -102,7 +102,7 @@ def tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     if summary.get("training_seconds"):
         accepted = summary.get("accepted_tokens")
         note = "" if accepted is None else f"{accepted:,} accepted tokens"
-        shown.append(("training time", duration(summary["training_seconds"]), note))
+        shown.append(("training time", duration(round(summary["training_seconds"])), note))
     return shown
 
 

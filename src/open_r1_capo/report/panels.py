@@ -121,21 +121,13 @@ PANELS = (
     Panel("Rank correlation of m_F with the true KL", (Line("capo/kl_spearman", "Spearman, over tokens", 0),), low=0),
     Panel("Gradient norm before clipping", (Line("grad_norm", "gradient norm", 0),), log=True),
     Panel("Entropy (nats a token)", (Line("entropy", "entropy", 0),), low=0),
-    Panel(
-        "Learning rate",
-        (Line("learning_rate", "scheduled", 2), Line(TAKEN, "taken", 0)),
-        low=0,
-    ),
+    Panel("Learning rate", (Line("learning_rate", "scheduled", 2), Line(TAKEN, "taken", 0)), low=0),
     Panel(
         "Length of completions (tokens)",
         (Line("completions/max_length", "longest", 2, "thin"), Line("completions/mean_length", "mean", 0)),
         low=0,
     ),
-    Panel(
-        "Seconds a step",
-        tuple(Line(f"time/{name}", name, colour) for colour, name in enumerate(TIMES)),
-        low=0,
-    ),
+    Panel("Seconds a step", tuple(Line(f"time/{name}", name, colour) for colour, name in enumerate(TIMES)), low=0),
 )
 
 

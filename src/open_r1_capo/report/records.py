@@ -11,11 +11,7 @@ from open_r1_capo.report.panels import number
 from open_r1_capo.runs.records import TOKEN_COLUMNS, read_record
 from open_r1_capo.runs.run import Run
 
-LABELS = {
-    "first": "first step",
-    "most_rejected": "most tokens rejected",
-    "largest_kl": "largest measured KL",
-}
+LABELS = {"first": "first step", "most_rejected": "most tokens rejected", "largest_kl": "largest measured KL"}
 MOST = 8  # records on a page
 WHOLE = ("step", "lr", "taken_lr", "measured_kl")
 

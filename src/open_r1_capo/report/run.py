@@ -6,7 +6,7 @@ import html
 import time
 from typing import Any
 
-from open_r1_capo.report.facts import tiles, time_breakdown, worst_steps
+from open_r1_capo.report.facts import WORST, tiles, time_breakdown, worst_steps
 from open_r1_capo.report.page import LIMIT, embed, fit_metrics, notes_html, render, table_html, text
 from open_r1_capo.report.panels import AXES, drawn_columns, metric_columns, run_panels, test_columns
 from open_r1_capo.report.records import fit, read_records
@@ -28,7 +28,7 @@ def write_report(run: Run, summary: dict[str, Any] | None = None) -> None:
         notes.append("The same command goes on with it; make report draws it again.")
     panels = run_panels(metrics, curves["tests"])
     worst = worst_steps(metrics)
-    interesting = [step for rank in range(3) for row in worst for step, _ in row["steps"][rank : rank + 1]]
+    interesting = [step for rank in range(WORST) for row in worst for step, _ in row["steps"][rank : rank + 1]]
     curves["metrics"], thinned = fit_metrics(metrics, drawn_columns(panels), set(interesting))
     records, unreadable = read_records(run, interesting)
     sections = {
@@ -122,7 +122,7 @@ def worst_html(worst: list[dict[str, Any]], recorded: set[int]) -> str:
         return f'<a href="#step-{step}">step {step}</a> <span class="value">{shown}</span>{tokens}'
 
     rows = [[text(row["name"]), *(cell(*point, row["percent"]) for point in row["steps"])] for row in worst]
-    return table_html([row + [""] * (4 - len(row)) for row in rows], ["", "worst", "second", "third"])
+    return table_html([row + [""] * (WORST + 1 - len(row)) for row in rows], ["", "worst", "second", "third"])
 
 
 def time_html(rows: list[dict[str, Any]]) -> str:
