@@ -105,10 +105,7 @@ def resolve(options: LaunchOptions, allocation: Allocation, seed: int) -> list[S
 
 
 def divide(options: LaunchOptions, allocation: Allocation, settings: Mapping[str, Any]) -> tuple[Share, Share]:
-    """Share the job's nodes between the trainer and the server.
-
-    Returns:
-        The trainer's share and the server's; either may be empty.
+    """The shares of the trainer and of the server, either of which may be empty.
 
     Raises:
         LaunchError: there is nothing left for one of them, or no server is wanted.
@@ -146,10 +143,7 @@ def needs_server(settings: Mapping[str, Any]) -> bool:
 def server_steps(
     options: LaunchOptions, allocation: Allocation, settings: Mapping[str, Any], share: Share
 ) -> list[SrunStep]:
-    """The steps of one vLLM server, whose copies of the model are spread over its nodes behind one URL.
-
-    Returns:
-        One step a node, the one that answers requests first.
+    """The steps of one vLLM server behind one URL, one a node, the one that answers requests first.
 
     Raises:
         LaunchError: the model's copies do not fill the GPUs.

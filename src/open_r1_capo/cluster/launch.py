@@ -31,7 +31,7 @@ TRAIN_SCRIPT, SERVE_SCRIPT = "slurm/train.slurm", "slurm/serve.slurm"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one sentence."""
+    """Says what is wrong in one sentence."""
 
     def error(self, message: str) -> None:
         """Raise LaunchError instead of printing the usage."""

@@ -81,13 +81,7 @@ class CPUGeneration(VLLMGeneration):
     def generate(
         self, prompts: list[list[int]], images: Any, num_generations: int, profiler: Any = None
     ) -> tuple[list, list, list, None]:
-        """Draw a completion of every prompt of this process; the other arguments are TRL's and not needed.
-
-        Args:
-            prompts: token ids, each as often as its group has completions.
-            images: none.
-            num_generations: the group's size.
-            profiler: unused.
+        """Draw a completion of every prompt (token ids) of this process; TRL's other arguments are not needed.
 
         Returns:
             Prompt ids, completion ids, log-probabilities (completions × tokens × 1, None where unknown), and None.

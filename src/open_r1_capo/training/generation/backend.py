@@ -71,7 +71,7 @@ class Completion:
 
 
 class Backend(ABC):
-    """Something that holds a copy of the policy and samples from it.
+    """Something that holds a copy of the policy and samples from it; GenerationError says that it is gone for good.
 
     Attributes:
         shared: whether one of them serves all training processes; otherwise each process has its own.
@@ -81,19 +81,11 @@ class Backend(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Wait until it is ready.
-
-        Raises:
-            GenerationError: it cannot be used.
-        """
+        """Wait until it is ready; raises GenerationError if it cannot be used."""
 
     @abstractmethod
     def sync(self, folder: Path) -> None:
-        """Take new weights, `model.safetensors` in a folder that stays until the next call.
-
-        Raises:
-            GenerationError: it is gone for good.
-        """
+        """Take new weights, `model.safetensors` in a folder that stays until the next call."""
 
     @abstractmethod
     def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
@@ -103,9 +95,6 @@ class Backend(ABC):
             prompts: token ids; equal ones that follow each other may be drawn together.
             sampling: how.
             seed: the i-th completion is drawn with seed + i, whatever else is drawn beside it.
-
-        Raises:
-            GenerationError: it is gone for good.
         """
 
     @abstractmethod

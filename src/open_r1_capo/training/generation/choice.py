@@ -17,15 +17,12 @@ from open_r1_capo.training.generation.server import VLLMServers
 
 
 def backend_for(args: GRPOConfig, model: str, run: Path) -> Backend | None:
-    """Choose the backend of a run.
+    """The backend of a run, not started; None where TRL generates by itself: with transformers, and on GPUs.
 
     Args:
         args: TRL's settings; `use_vllm`, `vllm_mode` and `vllm_server_*` decide.
         model: folder or hub id of the policy.
         run: the run's folder, for the engine's log.
-
-    Returns:
-        The backend, not started; None where TRL generates by itself: with transformers, and with vLLM on GPUs.
 
     Raises:
         GenerationError: a server's address cannot be used.
