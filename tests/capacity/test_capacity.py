@@ -162,7 +162,7 @@ def test_the_table(arguments, code, said, capsys):
         (["--gpu", "b300"], "there are h100, h200, a100-80, a100-40, l40s, cpu"),
         (["--gpus", "5"], "is not a multiple of the 5 training processes: choose a number of GPUs that divides it"),
         (["--gpus", "6"], 'set ARGS="per_device_train_batch_size=8"'),
-        (["per_device_train_batch_size=x"], "per_device_train_batch_size must be a whole number above 0, got 'x'"),
+        (["per_device_train_batch_size=x"], "per_device_train_batch_size must be a whole number"),
         (["completions_per_step=many"], "completions_per_step must be a whole number, got 'many'"),
         (["--recipe", "cappo"], "there is no recipe 'cappo'"),
         (["--scale", "70b"], "there is no scale '70b'"),
