@@ -56,10 +56,12 @@ class ProblemSource(ABC):
     Attributes:
         reads: the settings of `data` that this source reads, beside `name`, `path` and `max_prompt_tokens`.
         measured: whether it has held-out problems, so that `evaluation.problems` and `evaluation.suite` can be set.
+        longest_prompt: tokens of its longest prompt with the template; None where the problems do not fix it.
     """
 
     reads: ClassVar[frozenset[str]]
     measured: ClassVar[bool] = False
+    longest_prompt: ClassVar[int | None] = None
 
     @abstractmethod
     def training(self, data: Any, seed: int) -> Any:
@@ -118,7 +120,7 @@ class LabPolicy(PolicySource):
         from open_r1_capo.tasks.lab.tokenizer import build_tokenizer
 
         return {
-            "model_type": "lab policy",
+            "model_type": "qwen2",
             "num_hidden_layers": settings.layers,
             "hidden_size": settings.hidden_size,
             "intermediate_size": settings.intermediate_size,
@@ -148,6 +150,7 @@ class LabProblems(ProblemSource):
 
     reads = frozenset({"problems", "variant"})
     measured = True
+    longest_prompt = 16
 
     def training(self, data: Any, seed: int) -> Any:
         """Draw `data.problems` problems of `data.variant`."""
