@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 from open_r1_capo.cluster.vllm import (
@@ -97,13 +97,10 @@ def choose_backend(wanted: str) -> str:
 
 
 def _installed(python: Path, packages: Sequence[str]) -> dict[str, str]:
-    """The versions of those packages that are installed in another environment."""
-    code = (
-        "import sys, json, importlib.metadata as m\nfound = {}\nfor name in sys.argv[1:]:\n"
-        "    try: found[name] = m.version(name)\n    except m.PackageNotFoundError: pass\nprint(json.dumps(found))"
-    )
-    done = subprocess.run([str(python), "-c", code, *packages], capture_output=True, text=True)
-    return json.loads(done.stdout) if done.returncode == 0 else {}
+    """The versions of those packages that the environment of an interpreter holds."""
+    folders = [str(folder) for folder in python.parents[1].glob("lib/python*/site-packages")]
+    there = {name: next(iter(distributions(name=name, path=folders)), None) for name in packages}
+    return {name: package.version for name, package in there.items() if package}
 
 
 def versions(backend: str) -> tuple[dict[str, str], dict[str, str]]:

@@ -20,7 +20,7 @@ from open_r1_capo.tasks.source import PROBLEMS
 
 CHOICES_SEED = 0  # of GPQA's order of choices
 DRAWN_PROBLEMS = 200  # of each test set that a problem source draws
-DRAWN_SEED = 1  # other problems than those that a run measures itself on
+DRAWN_SEED = 1  # a run measures itself with seed 0
 
 
 def _plain(row: dict) -> str:
