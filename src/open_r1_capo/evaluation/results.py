@@ -7,33 +7,19 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from open_r1_capo.runs import folder as run_folder
-
-SUITE_SIZE = 8
-
-
-def accuracy(means: Sequence[float]) -> float:
-    """Average the problems of a test set.
-
-    Args:
-        means: Share of right answers of each problem.
-
-    Returns:
-        Their mean, from 0 to 1.
-    """
-    return sum(means) / len(means)
+from open_r1_capo.runs.run import write_atomically
 
 
 def problem_error(means: Sequence[float]) -> float | None:
     """Standard error of the accuracy over problems and samples: another set of such problems would differ by this.
 
     Args:
-        means: Share of right answers of each problem.
+        means: share of right answers of each problem.
 
     Returns:
         The standard deviation of the shares (n − 1) over √n; None for a single problem.
     """
-    n, mean = len(means), accuracy(means)
+    n, mean = len(means), sum(means) / len(means)
     return math.sqrt(sum((m - mean) ** 2 for m in means) / (n - 1) / n) if n > 1 else None
 
 
@@ -41,8 +27,8 @@ def sample_error(means: Sequence[float], samples: int) -> float | None:
     """Standard error over samples alone: another evaluation of the same problems would differ by this.
 
     Args:
-        means: Share of right answers of each problem.
-        samples: Answers a problem.
+        means: share of right answers of each problem.
+        samples: answers a problem.
 
     Returns:
         √(Σ p(1 − p) / (samples − 1)) / n, from the variance of each problem's answers; None for one answer a problem.
@@ -57,8 +43,8 @@ def summarise(problems: Sequence[dict], samples: int, max_tokens: int) -> dict:
 
     Args:
         problems: `accuracy` (None if the gold answer could not be parsed) and `tokens` (of each answer) of each.
-        samples: Answers a problem.
-        max_tokens: Longest answer that was allowed, in tokens.
+        samples: answers a problem.
+        max_tokens: longest answer that was allowed, in tokens.
 
     Returns:
         accuracy, stderr (over problems), stderr_samples, n, samples, excluded, tokens, mean_tokens, cut_off.
@@ -66,7 +52,7 @@ def summarise(problems: Sequence[dict], samples: int, max_tokens: int) -> dict:
     means = [problem["accuracy"] for problem in problems if problem["accuracy"] is not None]
     tokens = [count for problem in problems for count in problem["tokens"]]
     return {
-        "accuracy": accuracy(means) if means else None,
+        "accuracy": sum(means) / len(means) if means else None,
         "stderr": problem_error(means) if means else None,
         "stderr_samples": sample_error(means, samples) if means else None,
         "n": len(means),
@@ -82,8 +68,8 @@ def test_mean(rows: dict[str, dict], missing: Sequence[str]) -> dict:
     """Average the test sets, each with the same weight.
 
     Args:
-        rows: Row of each test set, by name.
-        missing: Titles of the suite's sets that were not evaluated.
+        rows: row of each test set, by name.
+        missing: titles of the suite's sets that were not evaluated.
 
     Returns:
         accuracy, its stderr (the sets' errors are independent), over (how many sets), missing.
@@ -102,15 +88,8 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def markdown(results: dict) -> str:
-    """Write the results as a table, with everything that determines them below it.
-
-    Args:
-        results: What results.json holds.
-
-    Returns:
-        Markdown.
-    """
+def table(results: dict) -> list[str]:
+    """The lines of a Markdown table of what results.json holds, with remarks on what was left out."""
     lines = [
         f"# {results['model']['name']}",
         "",
@@ -123,42 +102,20 @@ def markdown(results: dict) -> str:
         lines.append(f"| {row['title']} | " + " | ".join(cells) + " |")
     test = results["test"]
     lines.append(f"| **TEST** | **{_percent(test['accuracy'])}** | {_percent(test['stderr'])} | | | | | |")
-    lines += ["", f"TEST is the mean over {test['over']} test sets."]
-    if test["missing"]:
-        lines[-1] = f"TEST is the mean over {test['over']} test sets; missing: {', '.join(test['missing'])}."
+    missing = f"; missing: {', '.join(test['missing'])}" if test["missing"] else ""
+    lines += ["", f"TEST is the mean over {test['over']} test sets{missing}."]
     for row in results["tasks"].values():
         if row["excluded"]:
             lines.append(f"{row['title']}: {row['excluded']} problems left out, their gold answer cannot be parsed.")
     if results["settings"]["limit"]:
         lines.append(f"Only {results['settings']['limit']} problems a set were evaluated: not a result to compare.")
-    lines += [
-        "",
-        "± problems: standard error over problems and samples. ± samples: over samples alone, the problems fixed.",
-        "",
-        "```json",
-        json.dumps({key: results[key] for key in ("model", "settings", "data", "versions", "commit")}, indent=1),
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file, and the folders that it is in, so that it is there whole or not at all.
-
-    Args:
-        path: The file.
-        text: Its content.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run_folder.write_atomically(path, text)
+    errors = "± problems: standard error over problems and samples. ± samples: over samples alone, the problems fixed."
+    return [*lines, "", errors]
 
 
 def write(results: dict, folder: Path) -> None:
-    """Write results.json and results.md.
-
-    Args:
-        results: model, settings, data, versions, commit, tasks, test.
-        folder: Where.
-    """
+    """Write results.json, and results.md: the table with everything that determines it below."""
     write_atomically(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    write_atomically(folder / "results.md", markdown(results))
+    facts = {key: results[key] for key in ("model", "settings", "data", "versions", "commit")}
+    lines = [*table(results), "", "```json", json.dumps(facts, indent=1), "```"]
+    write_atomically(folder / "results.md", "\n".join(lines) + "\n")

@@ -26,30 +26,27 @@ _NUMBER = re.compile(
 
 
 def number(text: str) -> float | None:
-    r"""Read a number in decimal or scientific notation, with or without a unit after it.
+    r"""Read a number in decimal or scientific notation, with or without a unit; None if the text is something else.
 
     Args:
-        text: Such as `4.5 \times 10^{33}`, `4.5e33`, `15,000 \mathrm{~km}`, or `-1/3`.
-
-    Returns:
-        The value, or None if the text is something else.
+        text: such as `4.5 \times 10^{33}`, `4.5e33`, `15,000 \mathrm{~km}`, or `-1/3`.
     """
     text = re.sub(r"^(\s|~|\\[,;:!]|\\approx|\$)+|[\s.$]+$", "", text).replace("{,}", "")
-    found = _NUMBER.fullmatch(text)
-    if not found:
+    parts = _NUMBER.fullmatch(text)
+    if not parts:
         return None
-    exponent = int(found["braced"] or found["bare"] or found["e"] or 0)
-    if abs(exponent) > 300 or (found["divisor"] and float(found["divisor"]) == 0):
+    exponent = int(parts["braced"] or parts["bare"] or parts["e"] or 0)
+    if abs(exponent) > 300 or (parts["divisor"] and float(parts["divisor"]) == 0):
         return None
-    return float(found["lead"].replace(",", "")) / float(found["divisor"] or 1) * 10.0**exponent
+    return float(parts["lead"].replace(",", "")) / float(parts["divisor"] or 1) * 10.0**exponent
 
 
 def same_number(gold: str, answer: str) -> bool | None:
     """Compare two numbers with Minerva's tolerance.
 
     Args:
-        gold: The gold answer, in a box.
-        answer: A completion.
+        gold: the gold answer, in a box.
+        answer: a completion.
 
     Returns:
         The verdict, or None if the gold answer is no number, or the answer could equal it in another notation.
@@ -63,18 +60,11 @@ def same_number(gold: str, answer: str) -> bool | None:
 
 
 def choice(answer: str) -> str | None:
-    r"""Find the letter that a completion chooses.
-
-    Args:
-        answer: A completion.
-
-    Returns:
-        A, B, C or D; None if it chooses none.
-    """
+    """The letter A, B, C or D that a completion chooses; None if it chooses none."""
     box = last_boxed(answer)
     if box is not None:
-        found = re.fullmatch(r"[\s({\[]*([A-Da-d])[\s)}\].:]*", re.sub(r"\\(text|mathrm|textbf|mathbf)", "", box))
-        return found[1].upper() if found else None
+        letter = re.fullmatch(r"[\s({\[]*([A-Da-d])[\s)}\].:]*", re.sub(r"\\(text|mathrm|textbf|mathbf)", "", box))
+        return letter[1].upper() if letter else None
     stated = re.findall(r"answer(?: is|:)\s*\**\s*\(?([A-D])\b", answer)
     return stated[-1] if stated else None
 
@@ -83,25 +73,20 @@ def score(items: Sequence[tuple[str, str, str]], verifier: Verifier | None = Non
     """Score answers.
 
     Args:
-        items: Kind, gold answer and completion of each.
-        verifier: The pool to use, by default that of the accuracy reward.
+        items: kind, gold answer and completion of each.
+        verifier: the pool to use, by default that of the accuracy reward.
 
     Returns:
         1.0 or 0.0 for each, in order; None where the gold answer cannot be parsed.
     """
-    scores: list[float | None] = [None] * len(items)
-    to_verify = []
-    for index, (kind, gold, answer) in enumerate(items):
-        verdict = None
+    verdicts: list[bool | None] = []
+    for kind, gold, answer in items:
         if kind == "choice":
-            verdict = choice(answer) == gold
-        elif kind == "number":
-            verdict = same_number(gold, answer)
-        if verdict is None:
-            to_verify.append(index)
+            verdicts.append(choice(answer) == gold)
         else:
-            scores[index] = float(verdict)
-    pairs = [items[index][1:] for index in to_verify]
-    for index, verdict in zip(to_verify, (verifier or default_verifier()).verify(pairs), strict=True):
-        scores[index] = None if verdict is None else float(verdict)
-    return scores
+            verdicts.append(same_number(gold, answer) if kind == "number" else None)
+    undecided = [index for index, verdict in enumerate(verdicts) if verdict is None]
+    pairs = [items[index][1:] for index in undecided]
+    for index, verdict in zip(undecided, (verifier or default_verifier()).verify(pairs), strict=True):
+        verdicts[index] = verdict
+    return [None if verdict is None else float(verdict) for verdict in verdicts]

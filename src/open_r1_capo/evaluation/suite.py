@@ -16,40 +16,11 @@ from hashlib import sha256
 from pathlib import Path
 
 from open_r1_capo.tasks.data import DataError, boxed, gold_answer, hub_rows, read_rows
+from open_r1_capo.tasks.source import PROBLEMS
 
-SEED = 0  # of GPQA's order of choices
-LAB_PROBLEMS = 200  # of each variant
-LAB_SEED = 1
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """One test set.
-
-    Attributes:
-        name: What TASKS names it; also the stem of its local file.
-        title: What tables call it.
-        hub: Name on the hub; for the lab, the name of the variant.
-        config: Configuration there.
-        split: Split there.
-        gold: Turns a row into the gold answer.
-        kind: math (math-verify), number (math-verify with Minerva's tolerance) or choice (a letter).
-        samples: Answers a problem by default; small sets need several for a usable standard error.
-    """
-
-    name: str
-    title: str
-    hub: str
-    config: str | None
-    split: str
-    gold: Callable[[dict], str]
-    kind: str = "math"
-    samples: int = 1
-
-    @property
-    def task(self) -> str:
-        """Name of the lighteval task; lighteval has own tasks called gsm8k, …, and refuses a second one."""
-        return f"capo:{self.name}"
+CHOICES_SEED = 0  # of GPQA's order of choices
+DRAWN_PROBLEMS = 200  # of each test set that a problem source draws
+DRAWN_SEED = 1  # a run measures itself with seed 0
 
 
 def _plain(row: dict) -> str:
@@ -75,87 +46,108 @@ def _minerva(row: dict) -> str:
     return answer.replace("np.", "\\").replace("./", "/")
 
 
-def _choice(row: dict) -> str:
-    return choices(row)[1]
+@dataclass(frozen=True)
+class Benchmark:
+    """One test set.
+
+    Attributes:
+        name: what TASKS names it; also the stem of its local file.
+        title: what tables call it.
+        origin: name on the hub; where `source` draws the problems, the name of its test set.
+        config: configuration on the hub.
+        split: split on the hub.
+        gold: turns a row into the gold answer; not used for a choice.
+        kind: math (math-verify), number (math-verify with Minerva's tolerance) or choice (a letter).
+        samples: answers a problem by default; small sets need several for a usable standard error.
+        source: which of `PROBLEMS` draws the problems; None for the hub or a local file.
+    """
+
+    name: str
+    title: str
+    origin: str
+    config: str | None
+    split: str
+    gold: Callable[[dict], str] = _plain
+    kind: str = "math"
+    samples: int = 1
+    source: str | None = None
+
+    @property
+    def task(self) -> str:
+        """Name of the lighteval task; lighteval has its own gsm8k, … and refuses a second one."""
+        return f"capo:{self.name}"
 
 
 OPEN = (
     Benchmark("gsm8k", "GSM8K", "openai/gsm8k", "main", "test", _without_thousands),
-    Benchmark("math_500", "MATH500", "HuggingFaceH4/MATH-500", None, "test", _plain),
+    Benchmark("math_500", "MATH500", "HuggingFaceH4/MATH-500", None, "test"),
     Benchmark("olympiadbench", "OlympiadBench", "Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", _olympiad),
     Benchmark("minervamath", "MinervaMath", "math-ai/minervamath", None, "test", _minerva, kind="number"),
-    Benchmark("gpqa_diamond", "GPQA-Diamond", "Idavidrein/gpqa", "gpqa_diamond", "train", _choice, kind="choice"),
+    Benchmark("gpqa_diamond", "GPQA-Diamond", "Idavidrein/gpqa", "gpqa_diamond", "train", kind="choice"),
     Benchmark("amc23", "AMC23", "math-ai/amc23", None, "test", _whole, samples=16),
     Benchmark("aime24", "AIME24", "HuggingFaceH4/aime_2024", None, "train", _whole, samples=16),
     Benchmark("aime25", "AIME25", "yentinglin/aime_2025", None, "train", _whole, samples=16),
 )
 
 
-def lab() -> tuple[Benchmark, ...]:
-    """Return the lab's test sets, one for each variant of its task.
-
-    Returns:
-        Eight benchmarks named lab_<variant>.
-    """
-    from open_r1_capo.tasks.lab.task import VARIANTS
-
+def drawn(source: str) -> tuple[Benchmark, ...]:
+    """The test sets of a problem source, called <source>_<name>."""
     return tuple(
-        Benchmark(f"lab_{name}", name.replace("_", " "), name, None, "test", _plain, samples=4) for name in VARIANTS
+        Benchmark(f"{source}_{name}", name.replace("_", " "), name, None, "test", samples=4, source=source)
+        for name in PROBLEMS[source].suite(0)
     )
 
 
-def select(names: str | None, model_is_lab: bool = False) -> tuple[Benchmark, ...]:
+SUITES = {"open": OPEN} | {name: drawn(name) for name, source in PROBLEMS.items() if source.measured}
+
+
+def select(names: str | None, default: str = "open") -> tuple[Benchmark, ...]:
     """Choose the benchmarks of an evaluation.
 
     Args:
-        names: Names separated by commas or spaces, `open` and `lab` included; nothing for the model's own suite.
-        model_is_lab: Whether the model is the lab's policy, whose own suite is `lab`.
+        names: names separated by commas or spaces, those of `SUITES` included.
+        default: the suite where there are no names.
 
     Returns:
         The benchmarks, in the order of the suites.
 
     Raises:
-        DataError: If a name is unknown.
+        DataError: a name is unknown.
     """
-    wanted = re.split(r"[,\s]+", names.strip()) if names and names.strip() else ["lab" if model_is_lab else "open"]
-    known = [*OPEN, *lab()]
-    groups = {"open": {b.name for b in OPEN}, "lab": {b.name for b in lab()}}
+    known = [benchmark for suite in SUITES.values() for benchmark in suite]
     chosen: set[str] = set()
-    for name in wanted:
-        if name not in groups and name not in {b.name for b in known}:
-            raise DataError(f"unknown task {name}; known: open, lab, {', '.join(b.name for b in known)}")
-        chosen |= groups.get(name, {name})
+    for name in re.split(r"[,\s]+", (names or "").strip() or default):
+        if name not in SUITES and name not in {b.name for b in known}:
+            raise DataError(f"unknown task {name}; known: {', '.join([*SUITES, *(b.name for b in known)])}")
+        chosen |= {b.name for b in SUITES[name]} if name in SUITES else {name}
     return tuple(b for b in known if b.name in chosen)
 
 
 def choices(row: dict) -> tuple[str, str]:
     """Order the four choices of a GPQA question, by the question and a fixed seed alone.
 
-    Args:
-        row: A row of the hub's data set.
-
     Returns:
         The choices as lettered lines, and the letter of the right one.
     """
     names = ["Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"]
-    order = random.Random(sha256(f"{SEED}:{row['Question']}".encode()).digest()).sample(range(4), 4)
+    order = random.Random(sha256(f"{CHOICES_SEED}:{row['Question']}".encode()).digest()).sample(range(4), 4)
     lines = [f"({letter}) {str(row[names[i]]).strip()}" for letter, i in zip("ABCD", order, strict=True)]
     return "\n".join(lines), "ABCD"[order.index(0)]
 
 
 def record(benchmark: Benchmark, row: dict, index: int) -> dict:
-    """Turn a row of a test set, from the hub or a local file, into a record.
+    """Turn a row of a test set into a record; a record stays as it is.
 
     Args:
-        benchmark: The test set.
-        row: One of its rows; a record is returned as it is.
-        index: Position of the row, the id of rows that have none.
+        benchmark: the test set.
+        row: one of its rows, from the hub, a local file or a problem source.
+        index: position of the row, the id of rows that have none.
 
     Returns:
         `id`, `problem`, `gold` (LaTeX in a box, or a letter) and `kind`.
 
     Raises:
-        DataError: If a column is missing.
+        DataError: a column is missing.
     """
     if "gold" in row:
         return {key: row[key] for key in ("id", "problem", "gold", "kind")}
@@ -171,12 +163,13 @@ def record(benchmark: Benchmark, row: dict, index: int) -> dict:
 
 
 def _from_hub(benchmark: Benchmark) -> list[dict]:
+    local_copy = f"DATA=<folder with {benchmark.name}.jsonl>"
     try:
-        return hub_rows(benchmark.hub, benchmark.config, benchmark.split, f"DATA=<folder with {benchmark.name}.jsonl>")
+        return hub_rows(benchmark.origin, benchmark.config, benchmark.split, local_copy)
     except DataError as error:
         if benchmark.kind != "choice":
             raise
-        terms = f"accept the terms of {benchmark.hub} on the hub and run `hf auth login`"
+        terms = f"accept the terms of {benchmark.origin} on the hub and run `hf auth login`"
         raise DataError(f"{benchmark.title} is gated and comes from the hub only: {terms}") from error
 
 
@@ -184,20 +177,18 @@ def records(benchmark: Benchmark, folder: str | Path | None = None) -> list[dict
     """Load a test set.
 
     Args:
-        benchmark: The test set.
-        folder: Folder with <name>.jsonl or .parquet, or None for the hub; the lab's sets need neither, and GPQA's
-            authors ask that its text is not stored in the open, so it comes from the hub only.
+        benchmark: the test set.
+        folder: folder with <name>.jsonl or .parquet, or None for the hub. GPQA's authors ask that its text is not
+            stored in the open, so it comes from the hub only.
 
     Returns:
         Its records.
 
     Raises:
-        DataError: If it cannot be read; the sentence says what to do.
+        DataError: it cannot be read; the sentence says what to do.
     """
-    if benchmark.name.startswith("lab_"):
-        from open_r1_capo.tasks.lab.task import problems
-
-        rows = problems("test", LAB_PROBLEMS, seed=LAB_SEED, variant=benchmark.hub)
+    if benchmark.source:
+        rows = PROBLEMS[benchmark.source].suite(DRAWN_PROBLEMS, DRAWN_SEED)[benchmark.origin]
     elif folder is None or benchmark.kind == "choice":
         rows = _from_hub(benchmark)
     else:
@@ -209,15 +200,7 @@ def records(benchmark: Benchmark, folder: str | Path | None = None) -> list[dict
 
 
 def write_records(rows: list[dict], path: Path) -> str:
-    """Write records as JSONL.
-
-    Args:
-        rows: The records.
-        path: The file.
-
-    Returns:
-        The sha256 of the file's content, in hexadecimal.
-    """
+    """Write records as JSONL and return the sha256 of the file."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text(encoding="utf-8") != text:

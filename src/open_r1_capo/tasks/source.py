@@ -45,6 +45,10 @@ class PolicySource(ABC):
             UserError: the policy cannot be made or kept.
         """
 
+    def made(self, folder: Path) -> bool:
+        """Whether this source made the policy in `folder`; a model folder or a hub id was made elsewhere."""
+        return False
+
     @abstractmethod
     def config(self, name: str, settings: Any) -> Mapping[str, Any] | None:
         """The fields of the policy's Hugging Face config that fix its size, without making it; None if unknown."""
@@ -82,7 +86,7 @@ class ProblemSource(ABC):
         """`count` held-out problems of the kind that is trained on; only where `measured`."""
         return []
 
-    def suite(self, count: int) -> dict[str, list[Problem]]:
+    def suite(self, count: int, seed: int = 0) -> dict[str, list[Problem]]:
         """Held-out test sets by name, `count` problems each, whose mean accuracy is TEST; only where `measured`."""
         return {}
 
@@ -114,6 +118,12 @@ class LabPolicy(PolicySource):
         from open_r1_capo.tasks.lab.policy import base_policy
 
         return str(base_policy(settings=settings))
+
+    def made(self, folder: Path) -> bool:
+        """By its manifest."""
+        from open_r1_capo.tasks.lab.policy import MANIFEST
+
+        return (folder / MANIFEST).is_file()
 
     def config(self, name: str, settings: Any) -> Mapping[str, Any] | None:
         """Sizes from the settings; the vocabulary is the tokenizer's."""
@@ -166,11 +176,11 @@ class LabProblems(ProblemSource):
 
         return problems("test", count, variant=data.variant)
 
-    def suite(self, count: int) -> dict[str, list[Problem]]:
+    def suite(self, count: int, seed: int = 0) -> dict[str, list[Problem]]:
         """The eight variants."""
         from open_r1_capo.tasks.lab.task import VARIANTS, problems
 
-        return {name: problems("test", count, variant=name) for name in VARIANTS}
+        return {name: problems("test", count, seed=seed, variant=name) for name in VARIANTS}
 
 
 POLICIES: dict[str, PolicySource] = {"lab": LabPolicy()}
@@ -181,6 +191,11 @@ PRETRAINED, DATASET = PretrainedPolicy(), DatasetProblems()
 def policy_source(name: str) -> PolicySource:
     """The source of `model_name_or_path`."""
     return POLICIES.get(name, PRETRAINED)
+
+
+def source_of(folder: Path) -> PolicySource:
+    """The source that made the policy in `folder`; the one of model folders if none did."""
+    return next((source for source in POLICIES.values() if source.made(folder)), PRETRAINED)
 
 
 def problem_source(name: str | None, path: str | None = None) -> ProblemSource:

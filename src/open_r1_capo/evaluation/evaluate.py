@@ -1,0 +1,206 @@
+"""Evaluates one model, and takes over from earlier calls what is unchanged.
+
+Each test set's outcome is kept under a key that holds everything that determines the number, so that nothing stale is
+ever taken over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from open_r1_capo.evaluation import EvalError, results, scoring, suite
+from open_r1_capo.evaluation.backends import (
+    LAUNCHER,
+    ROOT,
+    TASKS,
+    Job,
+    Sampling,
+    choose_backend,
+    read_details,
+    run_transformers,
+    run_vllm,
+    versions,
+)
+from open_r1_capo.evaluation.model import Model
+from open_r1_capo.evaluation.suite import Benchmark
+from open_r1_capo.runs.run import write_atomically
+from open_r1_capo.tasks import data, rewards
+from open_r1_capo.tasks.data import DataError, prompt_template_hash
+
+RESERVED = 1024  # tokens of the context that are left to the prompt, if it is long
+LONGEST = 3072  # tokens of an answer
+
+
+def commit() -> str:
+    """This checkout's commit, with `-dirty` if files were changed."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def scoring_sources() -> str:
+    """A hash of the files that turn answers into scores: another scoring is another number."""
+    files = [TASKS, *(Path(module.__file__) for module in (suite, scoring, rewards, data))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def digest(value: object) -> str:
+    """16 hexadecimal digits of a value that json can write."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def claim(folder: Path, model: Model) -> None:
+    """Make a results folder this model's.
+
+    Raises:
+        EvalError: it holds results of another model, or something else.
+    """
+    path = folder / "model.json"
+    if path.exists():
+        owner = json.loads(path.read_text())
+        # a hub id or `lab` may come from another folder after an update
+        known = owner["name"] == model.name or owner["folder"] == str(model.folder)
+        if not known and owner["fingerprint"] != model.fingerprint:
+            raise EvalError(f"{folder} holds results of another model, {owner['name']}: choose another OUT=<folder>")
+        if owner["fingerprint"] != model.fingerprint:
+            print(f"eval: the weights of {model.name} have changed: evaluating anew", file=sys.stderr)
+    elif folder.exists() and any(folder.iterdir()):
+        raise EvalError(f"{folder} is not empty and no results folder: choose another OUT=<folder>")
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"name": model.name, "folder": str(model.folder), "fingerprint": model.fingerprint}
+    write_atomically(path, json.dumps(facts, indent=1) + "\n")
+
+
+def prepare_data(
+    benchmarks: Sequence[Benchmark], source: Path | None, folder: Path
+) -> tuple[list[Benchmark], dict[str, str], list[str]]:
+    """Write the test sets where lighteval reads them.
+
+    Args:
+        benchmarks: the test sets.
+        source: folder of local files, or None for the hub.
+        folder: where to.
+
+    Returns:
+        Those that can be had, their sha256 by name, and the titles of those that cannot: GPQA-Diamond without access.
+
+    Raises:
+        DataError: a test set cannot be read, GPQA-Diamond among others excepted.
+    """
+    present, hashes, missing = [], {}, []
+    for benchmark in benchmarks:
+        try:
+            rows = suite.records(benchmark, source)
+        except DataError as error:
+            if benchmark.kind != "choice" or len(benchmarks) == 1:
+                raise
+            print(f"eval: TEST without {benchmark.title}: {error}", file=sys.stderr)
+            missing.append(benchmark.title)
+            continue
+        hashes[benchmark.name] = suite.write_records(rows, folder / benchmark.name / "test.jsonl")
+        present.append(benchmark)
+    return present, hashes, missing
+
+
+def _token_counter(model: Model) -> Callable[[list[str]], list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model.folder)
+    # one more for the end-of-text token, which is generated but not part of the text; lighteval reports no counts
+    return lambda texts: [len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def run_tasks(job: Job, todo: Sequence[Benchmark], keys: dict[str, str], backend: str, out: Path) -> None:
+    """Evaluate test sets and write the outcome of each.
+
+    Args:
+        job: what lighteval needs.
+        todo: the test sets.
+        keys: what determines each one's number, by name.
+        backend: vllm or transformers.
+        out: results folder.
+    """
+    (out / "tasks").mkdir(exist_ok=True)
+    count = _token_counter(job.model)
+    run = run_vllm if backend == "vllm" else run_transformers
+    # vLLM's requests are cached one by one; transformers loses what is unfinished, so it gets one set at a time
+    for group in [todo] if backend == "vllm" else [[benchmark] for benchmark in todo]:
+        run(job, group)
+        for benchmark in group:
+            problems = read_details(job, benchmark)
+            for problem in problems:
+                counts = count(problem.pop("answers"))
+                problem["tokens"] = [min(tokens, job.sampling.max_tokens) for tokens in counts]
+            outcome = {"key": keys[benchmark.name], "problems": problems}
+            write_atomically(out / "tasks" / f"{benchmark.name}.json", json.dumps(outcome))
+
+
+def stored(out: Path, name: str, key: str) -> list[dict] | None:
+    """The problems of a test set, scored; None if it was not evaluated under this key."""
+    path = out / "tasks" / f"{name}.json"
+    outcome = json.loads(path.read_text()) if path.exists() else {}
+    return outcome["problems"] if outcome.get("key") == key else None
+
+
+def evaluate(model: Model, options: argparse.Namespace, out: Path) -> dict:
+    """Evaluate one model.
+
+    Args:
+        model: the model.
+        options: of the command line (`__main__`).
+        out: results folder.
+
+    Returns:
+        What results.json holds.
+    """
+    claim(out, model)
+    present, hashes, missing = prepare_data(suite.select(options.tasks, model.suite), options.data, out / "data")
+    backend = choose_backend(options.backend)
+    longest = max(1, min(LONGEST, model.context - min(RESERVED, model.context // 4))) if model.context else LONGEST
+    sampling = Sampling(options.temperature, options.top_p, options.max_tokens or longest, options.seed)
+    generating, scoring_versions = versions(backend)
+    identity = {
+        "model": model.fingerprint,
+        "template": prompt_template_hash(model.system_prompt),
+        "sampling": asdict(sampling),
+        "backend": backend,
+        "versions": generating,
+        "launcher": hashlib.sha256(LAUNCHER.read_bytes()).hexdigest()[:16],
+    }
+    sources = scoring_sources()
+    shared = identity | {"scoring": [sources, scoring_versions], "limit": options.limit}
+    samples = {b.name: options.samples or b.samples for b in present}
+    keys = {b.name: digest([shared, hashes[b.name], samples[b.name]]) for b in present}
+    todo = [b for b in present if stored(out, b.name, keys[b.name]) is None]
+    done = f", {len(present) - len(todo)} done before" if len(todo) < len(present) else ""
+    print(f"eval: {model.name} on {len(present)} test sets with {backend}{done}", file=sys.stderr, flush=True)
+    if todo:
+        folder = (out / "samples" / digest(identity)).resolve()
+        job = Job(model, sampling, folder, (out / "data").resolve(), options.limit, options.samples)
+        run_tasks(job, todo, keys, backend, out)
+    rows = {}
+    for b in present:
+        problems = stored(out, b.name, keys[b.name])
+        rows[b.name] = {"title": b.title} | results.summarise(problems, samples[b.name], sampling.max_tokens)
+    evaluation = {
+        "model": {"name": model.name, "fingerprint": model.fingerprint},
+        "settings": identity["sampling"]
+        | {"samples": samples, "limit": options.limit, "backend": backend, "system_prompt": model.system_prompt}
+        | {"prompt_template": identity["template"], "scoring": sources},
+        "data": {"source": str(options.data or "hub"), "sha256": hashes},
+        "versions": generating | scoring_versions,
+        "commit": commit(),
+        "tasks": rows,
+        "test": results.test_mean(rows, missing),
+    }
+    results.write(evaluation, out)
+    print("\n".join(line for line in results.table(evaluation) if line))
+    print(f"written: {out / 'results.json'} and {out / 'results.md'}", flush=True)
+    return evaluation
