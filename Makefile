@@ -23,7 +23,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 help: ## this list
 	@echo "open-r1-capo — make <verb> [NAME=value …]"
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  \1\t/' | expand -t 14
-	@echo "recipes: $(sort $(filter-out base,$(basename $(notdir $(wildcard recipes/*.yaml)))))" | fold -s -w 140
+	@echo "recipes: $(sort $(filter-out base,$(basename $(notdir $(wildcard recipes/*.yaml)))))" | fold -s -w 170
 
 install: $(STAMP) ## set up .venv (done by every other verb when it is missing or older than setup.py)
 

@@ -28,7 +28,7 @@ ALLOWED = {
     "training": {"runs", "capo", "budget", "tasks", "report", "settings", "cluster"},
     "evaluation": {"runs", "tasks", "settings", "cluster"},
     "experiments": {"runs", "capo", "tasks", "settings", "cluster", "training"},
-    "grpo": {"settings", "training", "cluster"},
+    "grpo": {"runs", "settings", "training", "cluster"},
 }
 LIGHT = ("runs", "report", "settings", "cluster")  # rooms without torch, trl and transformers
 HEAVY = ("torch", "trl", "transformers")
