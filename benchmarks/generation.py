@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from open_r1_capo import grpo
+from open_r1_capo.training import run
 from open_r1_capo.cluster.vllm import (
     DEVELOPMENT,
     FOR_TRAINING,
@@ -70,9 +70,9 @@ def measure(name: str, root: Path, options: argparse.Namespace, extra: list[str]
         A row of the table; the first step, in which engines warm up, is left out of the seconds.
     """
     steps = [f"max_steps={options.steps}", f"save_steps={options.steps}", "evaluation.problems=0"]
-    recipe = ["--config-name", "capo_aggressive", f"generation={name}", f"output_root={root}"]
+    recipe = [f"generation={name}", f"output_root={root}"]
     with contextlib.redirect_stdout(sys.stderr):
-        assert grpo.main([*recipe, *steps, *extra, *options.overrides]) == 0, name
+        assert run.command("capo_aggressive", [*recipe, *steps, *extra, *options.overrides]) == 0, name
     lines = (root / "capo_aggressive" / "lab" / "seed0" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     seconds = [statistics.median(row[f"time/{what}"] for row in rows[1:]) for what in ("total", "generate")]
