@@ -19,8 +19,7 @@ from open_r1_capo.cluster.vllm import parallelism
 from open_r1_capo.evaluation import backends, model, run, series, server
 from open_r1_capo.tasks.data import SYSTEM_PROMPT, make_prompt
 from open_r1_capo.tasks.lab import policy
-from open_r1_capo.tasks.lab.pretrain import LabSettings
-from open_r1_capo.tasks.lab.task import Mixture
+from open_r1_capo.tasks.lab.settings import LabSettings, Mixture
 
 EVAL = Path(run.__file__).parent
 SERVER = """

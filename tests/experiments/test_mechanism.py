@@ -14,8 +14,8 @@ from open_r1_capo.capo import Mask
 from open_r1_capo.experiments import counterfactual, mechanism
 from open_r1_capo.experiments.counterfactual import ARMS, Counterfactual, gradient_split, shuffled, summary
 from open_r1_capo.settings.recipes import compose_recipe
-from open_r1_capo.settings.run import build
 from open_r1_capo.tasks.lab import task
+from open_r1_capo.training.build import build
 
 
 @pytest.mark.parametrize("seed", [0, 1])

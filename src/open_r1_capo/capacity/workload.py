@@ -7,7 +7,8 @@ from typing import Any
 
 from open_r1_capo.capacity.shapes import ModelShape, PlanError, find_shape
 from open_r1_capo.settings.recipes import compose_recipe
-from open_r1_capo.settings.run import TRL_FIELDS, ConfigError, RunConfig, build
+from open_r1_capo.settings.run import TRL_FIELDS, ConfigError, RunConfig
+from open_r1_capo.training.build import build
 
 ACCELERATORS = ("zero2", "zero3", "ddp", "fsdp")
 BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")

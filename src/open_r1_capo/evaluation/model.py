@@ -110,11 +110,11 @@ def lab_policy(settings: dict | None) -> Path:
     Raises:
         EvalError: If it cannot be made or kept.
     """
-    from open_r1_capo.settings.run import lab_settings
+    from open_r1_capo.settings.run import policy_settings
     from open_r1_capo.tasks.lab.policy import LabError, base_policy
 
     try:
-        return base_policy(settings=lab_settings(settings))
+        return base_policy(settings=policy_settings("lab", {"lab": settings}))
     except LabError as error:
         raise EvalError(str(error)) from None
 

@@ -26,11 +26,12 @@ from open_r1_capo.capo.steps import SCRATCH_BYTES
 from open_r1_capo.runs.checkpoints import find_damage
 from open_r1_capo.runs.folder import RunFolder
 from open_r1_capo.settings.recipes import compose_recipe
-from open_r1_capo.settings.run import ConfigError, DataConfig, build
-from open_r1_capo.tasks.lab.policy import base_policy, held_out_accuracy
+from open_r1_capo.settings.run import ConfigError, DataConfig
+from open_r1_capo.tasks.held_out import held_out_accuracy
+from open_r1_capo.tasks.lab.policy import base_policy
 from open_r1_capo.tasks.lab.task import problems as lab_problems
 from open_r1_capo.tasks.rewards import get_reward_funcs
-from open_r1_capo.training.build import known_rewards, load_dataset, load_tokenizer, make_trainer
+from open_r1_capo.training.build import build, known_rewards, load_dataset, load_tokenizer, make_trainer
 from open_r1_capo.training.trainer import CAPOTrainer
 from open_r1_capo.training.update import MicroBatch
 

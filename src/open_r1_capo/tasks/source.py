@@ -61,6 +61,9 @@ class ProblemSource(ABC):
     reads: ClassVar[frozenset[str]]
     measured: ClassVar[bool] = False
 
+    def check(self, data: Any) -> None:  # noqa: B027 (most sources have nothing to refuse)
+        """Refuse settings of `data` that the source cannot serve: ValueError, beginning with the setting's name."""
+
     @abstractmethod
     def training(self, data: Any, seed: int) -> Any:
         """Training problems.
@@ -148,6 +151,13 @@ class LabProblems(ProblemSource):
 
     reads = frozenset({"problems", "variant"})
     measured = True
+
+    def check(self, data: Any) -> None:
+        """Refuse an unknown variant."""
+        from open_r1_capo.tasks.lab.task import VARIANTS
+
+        if data.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {data.variant!r}")
 
     def training(self, data: Any, seed: int) -> Any:
         """Draw `data.problems` problems of `data.variant`."""
