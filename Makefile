@@ -30,7 +30,7 @@ help: ## this list
 
 install: $(STAMP) ## set up .venv (done by every other verb when it is missing or older than setup.py)
 
-$(STAMP): setup.py src/open_r1_capo/capo/native.c
+$(STAMP): setup.py src/open_r1_capo/capo/engines/native.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than Python 3.10; set PYTHON=<a newer one>"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes, once)"

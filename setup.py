@@ -32,6 +32,7 @@ EXTRAS = {
     "eval": ["lighteval[litellm]==0.13.0", "litellm>=1.80,<1.81", "xxhash<4"],
     "dev": [
         "pytest>=9,<10",
+        "peft>=0.21,<1",  # the KL budget under LoRA
         "ruff==0.17.5",  # formatting changes between releases: exact
         "triton==3.7.1; platform_system == 'Linux'",  # torch 2.13's own; its interpreter runs the GPU kernels' tests
     ],
@@ -39,8 +40,8 @@ EXTRAS = {
 
 # The CPU's inner loops in plain C; where there is no compiler torch does the same, five times slower.
 NATIVE = Extension(
-    "open_r1_capo.capo._native",
-    ["src/open_r1_capo/capo/native.c"],
+    "open_r1_capo.capo.engines._native",
+    ["src/open_r1_capo/capo/engines/native.c"],
     extra_compile_args=["-O3", "-fopenmp-simd", "-fno-math-errno"],  # vector roots; exact otherwise
     libraries=["m"],
     optional=True,

@@ -50,7 +50,7 @@ class Twins(AdamStep):
         moving = batch.advantages != 0
         self.tokens += int(moving.sum())
         for name, region in self.regions.items():
-            weight, other = region.select(*exact).weight, region.select(*narrow).weight
+            weight, other = region.judge(*exact).weight, region.judge(*narrow).weight
             self.rejected[name] += int(((weight == 0) & moving).sum())
             self.changed[name] += int(((weight != other) & moving).sum())
         return z
@@ -89,8 +89,8 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
         dataset = load_dataset(config, tokenizer, args.seed)
         trainer = make_trainer(config, args, known_rewards(config), model, tokenizer, dataset)
-        regions = {name: Mask(*bounds) for name, bounds in PAPER.items()} | {"run": config.capo.trust_region()}
-        twins = trainer.step_model = Twins(trainer.step_model, regions, trainer._scheduled_lr)
+        regions = {name: Mask(*bounds) for name, bounds in PAPER.items()} | {"run": config.capo.rule}
+        twins = trainer.step_model = Twins(trainer.step_model, regions, trainer._coming_lr)
         trainer.train()
     steps = {"recipe": options.recipe, "seed": args.seed, "steps": args.max_steps, "learning_rate": args.learning_rate}
     print(f"{steps}, {twins.tokens} tokens with a gradient\n\n| thresholds | δ_F | δ_H | rejected | masks changed |")

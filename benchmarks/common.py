@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from open_r1_capo.capo import TokenBatch, native
+from open_r1_capo.capo import TokenBatch
+from open_r1_capo.capo.engines import native
 
 RESULTS = Path(__file__).parent / "results"
 

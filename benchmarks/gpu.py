@@ -19,7 +19,8 @@ from types import SimpleNamespace
 import torch
 
 from common import Shape, everyone, save
-from open_r1_capo.capo import AdamStep, Mask, TokenBatch, adam, kernels, objective_shift, policy_shift
+from open_r1_capo.capo import AdamStep, Mask, TokenBatch, adam, objective_shift, policy_shift
+from open_r1_capo.capo.engines import kernels
 from open_r1_capo.capo.segments import ENGINE_VARIABLE
 from open_r1_capo.training.features import policy_support
 

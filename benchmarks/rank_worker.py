@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import GRPOConfig
 
+from open_r1_capo.settings.budget import BudgetConfig
 from open_r1_capo.settings.capo import capo_config
 from open_r1_capo.tasks.data import to_prompts
 from open_r1_capo.tasks.lab.task import problems
@@ -70,8 +71,8 @@ class Rank(CAPOTrainer):
         first = self.accelerator.process_index * len(inputs)
         return batch | completions(self.state.global_step, first, len(inputs), self.step_model.vocab_size)
 
-    def _judge(self, hidden, input_ids, attention_mask, entropies):
-        part = super()._judge(hidden, input_ids, attention_mask, entropies)
+    def _weigh_tokens(self, inputs, hidden, input_ids, attention_mask, entropies):
+        part = super()._weigh_tokens(inputs, hidden, input_ids, attention_mask, entropies)
         chosen = part.by_rule
         columns = (chosen.weight, chosen.policy_shift, chosen.objective_shift)
         columns = [column.float().split(part.mask.sum(1).tolist()) for column in columns]
@@ -127,7 +128,7 @@ def train(policy: Path, out: Path, training: dict[str, Any], capo: dict[str, Any
         policy: a model's folder.
         out: of the trainer.
         training: fields of GRPOConfig.
-        capo: fields of CAPOConfig.
+        capo: the group `capo` of a recipe, and perhaps its group `budget`.
 
     Returns:
         `kind` of the distribution, `seen` selections, CAPO's `state`, `parameters`, `metrics` of each step, bytes
@@ -160,6 +161,7 @@ def train(policy: Path, out: Path, training: dict[str, Any], capo: dict[str, Any
         args=args,
         processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
         train_dataset=to_prompts(Dataset.from_list(problems("train", 24, seed=3)), None),
+        budget=BudgetConfig(**capo.pop("budget", {})),
         capo=capo_config(**capo),
     )
     trainer.remove_callback(PrinterCallback)

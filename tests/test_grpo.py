@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from open_r1_capo import grpo
 from open_r1_capo.runs.checkpoints import find_damage, newest_complete, seal
 from open_r1_capo.training import run as training_run
-from open_r1_capo.training import trainer as capo_trainer
+from open_r1_capo.training import run_trainer
 
 FAST = [
     "max_steps=6", "save_steps=2", "completions_per_step=32", "num_generations=4", "max_completion_length=16",
@@ -282,14 +282,14 @@ def test_prompts_that_are_all_too_long(capsys, tmp_path, lab_policy):
 
 def test_a_full_disk(capsys, tmp_path, lab_policy, monkeypatch):
     """The second checkpoint does not fit: one sentence, and the first stays what the run goes on from."""
-    save = capo_trainer.save_state
+    save = run_trainer.save_state
 
     def full(folder, *rest):
         if folder.name == "checkpoint-4":
             raise OSError(28, "No space left on device")
         save(folder, *rest)
 
-    monkeypatch.setattr(capo_trainer, "save_state", full)
+    monkeypatch.setattr(run_trainer, "save_state", full)
     assert grpo.main(command(tmp_path, lab_policy)) == 2
     assert "error: the disk is full: make room, then the same command goes on" in capsys.readouterr().err
     assert newest_complete(tmp_path / "capo_aggressive" / "lab" / "seed0" / "checkpoints")[0].name == "checkpoint-2"

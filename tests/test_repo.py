@@ -1,8 +1,11 @@
 """Rules that the repository keeps: sizes, import directions, and that the README's commands exist."""
 
 import ast
+import itertools
 import re
 import subprocess
+import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -11,33 +14,24 @@ ROOT = Path(__file__).resolve().parents[1]
 TRACKED = [ROOT / line for line in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()]
 PYTHON = [path for path in TRACKED if path.suffix == ".py" and path.is_file()]
 PACKAGE = "open_r1_capo"
-# who may import what of ours; everything else of the package is off limits
+HOME = ROOT / "src" / PACKAGE
+# what each room may import of ours: every room has its row, and a room never imports one that is listed below it
 ALLOWED = {
-    "capo": {"capo"},
-    "features": {"capo"},
-    "capo_config": {"capo"},
-    "configs": {"capo_config", "lab"},
-    "recipes": {"configs"},
-    "checkpoint": {"capo"},
-    "update": {"capo", "capo_config"},
-    "measure": {"capo", "features", "update"},
-    "token_records": {"capo", "measure", "update"},
-    "model_server": set(),
-    "generation": {"generation", "checkpoint", "model_server", "lab"},
-    "trainer": {"capo", "features", "capo_config", "checkpoint", "update", "measure", "token_records", "generation"},
-    "run_folder": {"checkpoint"},
-    "report": {"report", "run_folder"},
-    "callbacks": {"trainer", "run_folder"},
-    "preemption": set(),
-    "node": {"preemption"},
-    "job": {"preemption"},
-    "layout": {"job", "configs", "recipes"},
-    "launch": {"layout", "job", "configs", "recipes"},
-    "data": set(),
-    "rewards": set(),
-    "lab": {"lab"},
-    "plan": {"plan", "configs", "recipes", "lab", "run_folder"},
+    "runs": set(),
+    "capo": set(),
+    "budget": set(),
+    "tasks": {"runs"},
+    "report": {"runs"},
+    "settings": {"runs", "capo", "budget", "tasks"},
+    "cluster": {"runs", "settings", "tasks"},
+    "capacity": {"runs", "settings", "tasks"},
+    "training": {"runs", "capo", "budget", "tasks", "report", "settings", "cluster"},
+    "evaluation": {"runs", "tasks", "settings", "cluster"},
+    "experiments": {"runs", "capo", "tasks", "settings", "cluster", "training"},
+    "grpo": {"settings", "training", "cluster"},
 }
+LIGHT = ("runs", "report", "settings", "cluster")  # rooms without torch, trl and transformers
+HEAVY = ("torch", "trl", "transformers")
 
 
 def imports(path):
@@ -48,35 +42,96 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def ours(path):
-    """The parts of the package that a file imports."""
-    return {name.split(".")[1] for name in imports(path) if name.startswith(PACKAGE + ".")}
+def room_of(path):
+    return path.relative_to(HOME).parts[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "src" / PACKAGE).rglob("*.py")), ids=lambda p: p.name)
-def test_imports_point_one_way(path):
-    part = path.relative_to(ROOT / "src" / PACKAGE).parts[0].removesuffix(".py")
-    if part in ALLOWED:
-        assert ours(path) <= ALLOWED[part], f"{part} may import {ALLOWED[part] or 'nothing of ours'}"
+def modules():
+    """Every module of the package, by its dotted name."""
+    names = {}
+    for path in sorted(HOME.rglob("*.py")):
+        parts = path.relative_to(HOME.parent).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
 
 
-def test_capo_needs_torch_alone():
-    """The curvature core can be copied into any trainer."""
-    import sys
+def test_every_room_has_a_row():
+    rooms = {room_of(path) for path in HOME.rglob("*.py")} - {"__init__"}
+    assert rooms == set(ALLOWED)
+    order = list(ALLOWED)
+    for room, allowed in ALLOWED.items():
+        assert all(order.index(other) < order.index(room) for other in allowed), room
 
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_imports_point_one_way(room):
+    for path in HOME.rglob("*.py"):
+        if room_of(path) == room:
+            ours = {name.split(".")[1] for name in imports(path) if name.startswith(PACKAGE + ".")}
+            assert ours <= ALLOWED[room] | {room}, (
+                f"{path.name}: {room} may import {ALLOWED[room] or 'nothing of ours'}"
+            )
+
+
+def test_no_circles_of_files():
+    names = modules()
+    arrows = defaultdict(set)
+    for name, path in names.items():
+        for imported in imports(path):
+            parts = imported.split(".")
+            module = next((m for k in range(len(parts), 0, -1) if (m := ".".join(parts[:k])) in names), None)
+            if module and module != name:
+                arrows[name].add(module)
+    done, stack = set(), []
+
+    def visit(name):
+        assert name not in stack, " → ".join([*stack[stack.index(name) :], name])
+        if name not in done:
+            stack.append(name)
+            for other in sorted(arrows[name]):
+                visit(other)
+            done.add(stack.pop())
+
+    for name in names:
+        visit(name)
+
+
+@pytest.mark.parametrize("room", LIGHT)
+def test_light_rooms_start_without_torch(room):
+    """Of every module of the room, in a fresh process."""
+    names = [name for name, path in modules().items() if room_of(path) == room and not name.endswith("__main__")]
+    code = f"import sys, importlib; [importlib.import_module(name) for name in {names!r}]; "
+    code += f"print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == []
+
+
+def test_nobody_imports_the_command_line():
+    for path in [*HOME.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        assert f"{PACKAGE}.grpo" not in set(imports(path)) | {n.rpartition(".")[0] for n in imports(path)}, path
+
+
+def test_generation_on_cpus_is_a_leaf():
+    """Only the factory of `training/build.py` uses it: whether it stays is decided by measurement."""
+    for path in HOME.rglob("*.py"):
+        if "generation" not in path.parts and path.name != "build.py":
+            assert not any("training.generation" in name for name in imports(path)), path
+
+
+@pytest.mark.parametrize("room", ["capo", "budget"])
+def test_the_method_needs_torch_alone(room):
+    """It can be copied into any trainer."""
     allowed = set(sys.stdlib_module_names) | {"torch", "triton", PACKAGE}
-    for path in (ROOT / "src" / PACKAGE / "capo").rglob("*.py"):
+    for path in (HOME / room).rglob("*.py"):
         roots = {name.split(".")[0] for name in imports(path)}
         assert roots <= allowed, (path.name, roots - allowed)
         assert not any(name.startswith("torch.distributed") for name in imports(path))
 
 
-def test_evaluation_stands_apart():
-    for path in (ROOT / "eval").rglob("*.py"):
-        allowed = {"data", "rewards", "lab", "experiments", "outcomes", "model_server", "run_folder"}
-        # one takes steps, the other makes the policy that a run began with
-        more = {"mechanism.py": {"counterfactual", "grpo"}, "model.py": {"configs"}}.get(path.name, set())
-        assert ours(path) <= allowed | more, path.name
+def test_no_file_asks_which_source_it_has():
+    """ "Is this the lab?" is answered by `tasks/source.py` alone."""
+    for path in HOME.rglob("*.py"):
+        if room_of(path) != "tasks":
+            assert not re.search(r"""[!=]= ?["']lab["']|startswith\(["']lab|lab\.json""", path.read_text()), path
 
 
 def test_files_and_functions_stay_small():
@@ -89,9 +144,9 @@ def test_files_and_functions_stay_small():
 
 
 def test_nothing_is_left_unfinished():
-    for path in PYTHON:
-        if path.is_relative_to(ROOT / "src") or path.is_relative_to(ROOT / "eval"):
-            assert not re.search(r"TODO|FIXME|XXX|NotImplementedError", path.read_text()), path
+    for path in itertools.chain(HOME.rglob("*.py"), (ROOT / "eval").rglob("*.py")):
+        assert not re.search(r"TODO|FIXME|XXX|NotImplementedError", path.read_text()), path
+        assert "sys.path" not in path.read_text(), path
 
 
 def make_verbs():

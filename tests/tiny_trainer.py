@@ -5,6 +5,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
+from open_r1_capo.settings.budget import BudgetConfig
 from open_r1_capo.settings.capo import capo_config
 from open_r1_capo.tasks.data import to_prompts
 from open_r1_capo.tasks.lab.task import problems
@@ -43,7 +44,9 @@ def arguments(folder, **changes):
     return GRPOConfig(**{**defaults, **changes})
 
 
-def build(policy, tokenizer, folder, capo=None, baseline="group", reward=token_reward, records=None, **changes):
+def build(
+    policy, tokenizer, folder, capo=None, baseline="group", reward=token_reward, records=None, budget=None, **changes
+):
     """A CAPOTrainer, a RunTrainer with mode off, or TRL's own if `capo` is None, on a fresh copy of the policy."""
     common = {
         "model": AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
@@ -57,7 +60,8 @@ def build(policy, tokenizer, folder, capo=None, baseline="group", reward=token_r
     config = capo_config(**capo)
     if not config.on:
         return RunTrainer(**common, advantage_baseline=baseline)
-    return CAPOTrainer(**common, capo=config, advantage_baseline=baseline, records=records)
+    budget = BudgetConfig(**budget) if budget else None
+    return CAPOTrainer(**common, capo=config, advantage_baseline=baseline, records=records, budget=budget)
 
 
 def parameters(trainer):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from benchmarks.materialised import MaterialisedAdam
 
-from open_r1_capo.capo import AdamStep, adam, engine, native
+from open_r1_capo.capo import AdamStep, adam, engines
+from open_r1_capo.capo.engines import native
 from open_r1_capo.capo.moments import MomentTable
 from open_r1_capo.capo.segments import ENGINE_VARIABLE
 from oracle import random_batch
@@ -113,13 +114,14 @@ def test_kernels_compile_for_a_gpu(features, tmp_path, monkeypatch):
         pytest.skip("interpreted functions are not compiled")
     from triton.backends.compiler import GPUTarget
 
-    from open_r1_capo.capo import kernels
+    from open_r1_capo.capo import segment_kernels
+    from open_r1_capo.capo.engines import kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     integers = ("start_ptr", "stop_ptr", "order_ptr", "offsets_ptr", "token_ptr")
     types = dict.fromkeys(integers, "*i64") | {"k": "i32", "dim": "i32", "features_ptr": f"*{features}"}
     constants = {"REAL": triton.language.float32, "ENTRIES": 16, "WIDTH": 128}
-    for kernel in (kernels._propose, kernels._sums, kernels._commit):
+    for kernel in (kernels._propose, segment_kernels._sums, kernels._commit):
         types["row_ptr"] = "*i32" if kernel is kernels._propose else "*i64"
         signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in kernel.arg_names}
         source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
@@ -131,15 +133,15 @@ def test_the_engine_follows_device_dtype_and_budget(monkeypatch):
     table, narrow = MomentTable(VOCAB, 64), torch.zeros(10, 64, dtype=torch.bfloat16)
     fast = native if native.available() else adam
     monkeypatch.delenv(ENGINE_VARIABLE, raising=False)
-    assert engine.choose(table, narrow.float(), 0) is fast
-    assert engine.choose(table, narrow, 10 * 64 * 4) is fast
-    assert engine.choose(table, narrow, 10 * 64 * 4 - 1) is adam  # widening all features would exceed the budget
-    assert engine.choose(table, narrow.double(), 10**6) is adam  # float32 moments, float64 arithmetic
+    assert engines.choose(table, narrow.float(), 0) is fast
+    assert engines.choose(table, narrow, 10 * 64 * 4) is fast
+    assert engines.choose(table, narrow, 10 * 64 * 4 - 1) is adam  # widening all features would exceed the budget
+    assert engines.choose(table, narrow.double(), 10**6) is adam  # float32 moments, float64 arithmetic
     monkeypatch.setenv(ENGINE_VARIABLE, "torch")
-    assert engine.choose(table, narrow.float(), 10**6) is adam
+    assert engines.choose(table, narrow.float(), 10**6) is adam
     monkeypatch.setenv(ENGINE_VARIABLE, "cuda")
     with pytest.raises(ValueError, match="expected torch, native or triton, got 'cuda'"):
-        engine.choose(table, narrow, 10**6)
+        engines.choose(table, narrow, 10**6)
 
 
 def test_materialised_form_is_the_same_method():

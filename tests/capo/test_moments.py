@@ -67,17 +67,6 @@ def test_an_incomplete_state_is_refused():
         AdamStep(11, 7).load_state_dict(state)
 
 
-def test_the_dtype_of_the_moments_can_be_fixed():
-    batch = random_batch(dtype=torch.float32)[0]
-    step = AdamStep(11, 7).to(torch.float64)
-    step.commit(batch, torch.ones(12))
-    assert step.state_dict()["first_moment"].dtype == torch.float64
-    assert step.propose(batch).dtype == step.planned(batch).dtype == torch.float32
-    assert torch.allclose(step.propose(batch), committed().propose(batch), rtol=1e-5)
-    with pytest.raises(ValueError, match=r"moments: expected float32 or float64, got torch.bfloat16"):
-        step.to(torch.bfloat16)
-
-
 @pytest.mark.parametrize("make", [SGDStep, lambda: AdamStep(11, 7)])
 def test_batches_that_do_not_fit_are_refused(make):
     batch, _ = random_batch(dtype=torch.float32)

@@ -10,8 +10,7 @@ import pytest
 from open_r1_capo import grpo
 from open_r1_capo.runs.checkpoints import newest_complete, seal
 from open_r1_capo.runs.folder import RunFolder
-from open_r1_capo.training import callbacks, run
-from open_r1_capo.training import trainer as capo_trainer
+from open_r1_capo.training import callbacks, run, run_trainer
 from open_r1_capo.training.callbacks import RunCallback
 from test_grpo import command, refused
 
@@ -96,7 +95,7 @@ def test_a_policy_that_stands_still_is_told_once(tmp_path, capsys):
 def test_no_checkpoint_goes_before_the_next_is_complete(build, monkeypatch):
     """A run dies just before it seals one, beside a torn one: of two that are kept, the complete one is there."""
     trainer = build({"mode": "observe"}, max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=2)
-    folder, whole = Path(trainer.args.output_dir), capo_trainer.seal
+    folder, whole = Path(trainer.args.output_dir), run_trainer.seal
 
     def tear_or_die(path, processes):
         if path.name == "checkpoint-2":
@@ -104,11 +103,11 @@ def test_no_checkpoint_goes_before_the_next_is_complete(build, monkeypatch):
         whole(path, processes)
         (folder / "checkpoint-9").mkdir()  # as a killed run leaves one behind
 
-    monkeypatch.setattr(capo_trainer, "seal", tear_or_die)
+    monkeypatch.setattr(run_trainer, "seal", tear_or_die)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert newest_complete(folder)[0].name == "checkpoint-1"
-    monkeypatch.setattr(capo_trainer, "seal", whole)
+    monkeypatch.setattr(run_trainer, "seal", whole)
     trainer._save_checkpoint(trainer.model, None)
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-2"}
     assert newest_complete(folder)[0].name == "checkpoint-2"

@@ -45,11 +45,7 @@ class StepRule:
     calibration: float = 1.0
 
     def __post_init__(self):
-        """Check the range.
-
-        Raises:
-            ValueError: the budget is not positive.
-        """
+        """Check the range; ValueError."""
         if not self.step_policy_shift > 0:
             raise ValueError(f"step_policy_shift must be greater than 0, got {self.step_policy_shift}")
 
@@ -136,11 +132,7 @@ class NormGuard:
     norms: list[float] = field(default_factory=list)
 
     def __post_init__(self):
-        """Check the range.
-
-        Raises:
-            ValueError: κ is not above 1.
-        """
+        """Check the range; ValueError."""
         if not self.skip_gradient_norm > 1:
             raise ValueError(f"skip_gradient_norm must be greater than 1, got {self.skip_gradient_norm}")
 

@@ -1,7 +1,9 @@
 """Adam's arithmetic on rows of moments (§4.1) in torch: the oracle of the faster engines, and what runs without them.
 
-Three functions make an engine (`engine.py`): `propose`, `commit` and `planned`. `native.py` has them in C for a CPU,
-`kernels.py` in Triton for a GPU.
+Three functions make an engine (`engines/`): `propose`, `commit` and `planned`. They share their arguments: `rule`,
+Adam's constants; `table`, the moments, which only `commit` changes; `batch` of N tokens; `step`, the number of the
+step that is proposed or committed (from 1), or the number of steps taken; `scratch`, a bound in bytes of the temporary
+memory that has the width D.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from open_r1_capo.capo.last_layer import TokenBatch, row_entries
 from open_r1_capo.capo.moments import MomentTable
 from open_r1_capo.capo.segments import chunks, support_dots, working_set
 
-SMALLEST_DECAY = 1e-24  # a moment that decayed by more is nothing beside a gradient, and its inverse still a float32
+SMALLEST_DECAY = 1e-24  # moments that decayed further are negligible, and 1 / decay must not overflow float32
 
 
 @dataclass(frozen=True)
@@ -96,18 +98,7 @@ def fold(rule: AdamRule, table: MomentTable, row: Tensor, coefficient: Tensor, s
 
 
 def propose(rule: AdamRule, table: MomentTable, batch: TokenBatch, step: int, scratch: int) -> Tensor:
-    """The logit change z = D x of each token's own step, if its gradient arrived as step number `step`.
-
-    Args:
-        rule: Adam's constants.
-        table: the moments; only read.
-        batch: N tokens.
-        step: the step's number, from 1.
-        scratch: bound of the temporary memory in bytes, for what has the width D.
-
-    Returns:
-        (N, K).
-    """
+    """(N, K), the logit change z = D x of each token's own step, if its gradient arrived as step number `step`."""
     (n, k), d = batch.token_ids.shape, batch.features.shape[1]
     row = table.row_of[batch.token_ids]
     folded = fold(rule, table, row, batch.coefficient, step)
@@ -127,16 +118,7 @@ def propose(rule: AdamRule, table: MomentTable, batch: TokenBatch, step: int, sc
 
 
 def commit(rule: AdamRule, table: MomentTable, batch: TokenBatch, weight: Tensor, step: int, scratch: int) -> None:
-    """Step number `step` of the moments with one batch's gradient, without ever holding all of its rows.
-
-    Args:
-        rule: Adam's constants.
-        table: the moments, changed in place.
-        batch: N tokens.
-        weight: (N,), from `TokenSelection`.
-        step: the step's number, from 1.
-        scratch: bound of the temporary memory in bytes.
-    """
+    """Step the moments with one batch's gradient of weights (N,), without ever holding all of its rows."""
     entries = row_entries(batch, weight)
     row = table.grow(entries.token_ids)
     features = batch.features
@@ -144,18 +126,7 @@ def commit(rule: AdamRule, table: MomentTable, batch: TokenBatch, weight: Tensor
 
 
 def planned(rule: AdamRule, table: MomentTable, batch: TokenBatch, step: int, scratch: int) -> Tensor:
-    """The logit change z of the step that the moments take after `step` steps.
-
-    Args:
-        rule: Adam's constants.
-        table: the moments; only read.
-        batch: N tokens, any.
-        step: the number of steps taken.
-        scratch: bound of the temporary memory in bytes.
-
-    Returns:
-        (N, K), of the moments' dtype; 0 for rows that the step leaves where they are.
-    """
+    """(N, K), z of the step that the moments take after `step` steps; 0 for rows that it leaves where they are."""
     used, place = torch.unique(table.row_of[batch.token_ids], return_inverse=True)
     used = used.long()
     z = table.first.new_zeros(place.shape)
@@ -174,16 +145,7 @@ def resting(rule: AdamRule, table: MomentTable, row: Tensor, step: int) -> Tenso
 def update(
     rule: AdamRule, table: MomentTable, row: Tensor, gradient: Callable[[slice], Tensor], step: int, scratch: int
 ) -> None:
-    """Step number `step` of the moments of table rows (R,), in place.
-
-    Args:
-        rule: Adam's constants.
-        table: the moments.
-        row: (R,) int64, distinct.
-        gradient: gives the averaged gradient (r, D) of a slice of the rows.
-        step: the step's number, from 1.
-        scratch: bound of the temporary memory in bytes.
-    """
+    """Step the moments of distinct table rows (R,); `gradient` gives the averaged gradient (r, D) of a slice."""
     bytes_each = 4 * table.first.shape[1] * table.first.element_size()
     for part in chunks(len(row), bytes_each, working_set(row.device, scratch)):
         index = row[part]

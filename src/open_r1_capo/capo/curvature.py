@@ -1,7 +1,7 @@
 """How far a step moves the objective and the policy (paper Eq. 10, App. D), from the logit change z alone.
 
-A step α·D of the last layer changes token i's logits by α·z_i with z = D x. Everything below is a function of
-z, the score v, the policy π and the advantage A; nothing here has the width D of the layer.
+A step α·D of the last layer changes token i's logits by α·z_i with z = D x. Everything below is a function of z, the
+score v, the policy π and the advantage A; only the closed form of SGD (`sgd_shifts`) reads the features x.
 """
 
 from __future__ import annotations
@@ -37,16 +37,9 @@ def hessian(batch: TokenBatch, z: Tensor) -> Tensor:
 
 
 def policy_shift(batch: TokenBatch, z: Tensor, lr: float, granularity: str = "token") -> Tensor:
-    """The policy shift m_F = ½ α² · Fisher (Eq. 10).
+    """(N,), the policy shift m_F = ½ α² · Fisher in nats (Eq. 10), each token's a mean over its subset.
 
-    Args:
-        batch: N tokens.
-        z: z_NK, from `propose` with the same granularity.
-        lr: learning rate α.
-        granularity: each token's shift is the mean over its subset.
-
-    Returns:
-        (N,), in nats.
+    `z` comes from `propose` with the same granularity; `lr` is the learning rate α.
     """
     return subset_mean(batch, 0.5 * lr**2 * fisher(batch, z), granularity)
 
@@ -88,15 +81,9 @@ def support_kl(batch: TokenBatch, log_mass: Tensor, new_log_probs: Tensor) -> Te
 
 
 def objective_change(batch: TokenBatch, log_mass: Tensor, new_log_probs: Tensor) -> Tensor:
-    """The measured change of the surrogate objective, A (π_new(a) / π(a) - 1): what m_H predicts.
+    """(N,) float64, the measured change of the surrogate objective, A (π_new(a) / π(a) - 1): what m_H predicts.
 
-    Args:
-        batch: N tokens with the policy before the step.
-        log_mass: (N,), log of the old policy's probability of the support.
-        new_log_probs: (N, K), the new policy's log-probabilities at `batch.token_ids`, over the full vocabulary.
-
-    Returns:
-        (N,) float64, in units of the advantage.
+    In units of the advantage; arguments as `support_kl`.
     """
     action = batch.action_index[:, None]
     old = batch.probs.double().gather(1, action)[:, 0].log() + log_mass.double().clamp(max=0)
@@ -128,17 +115,10 @@ class VocabularySums:
 
 
 def sgd_shifts(batch: TokenBatch, sums: VocabularySums, lr: float) -> tuple[Tensor, Tensor]:
-    """Both shifts of a single token's SGD step over the full vocabulary, where D = A v ⊗ x and z = A ‖x‖² v.
+    """m_F and m_H, (N,) each, of a token's own SGD step over the full vocabulary: D = A v ⊗ x, z = A ‖x‖² v.
 
-    With vᵀv = 1 - 2π_a + Σπ², Σπv = π_a - Σπ² and Σπv² = π_a - 2π_a² + Σπ³, no support is needed.
-
-    Args:
-        batch: N tokens; only features and advantages are read.
-        sums: the policy's sums over the full vocabulary.
-        lr: learning rate α.
-
-    Returns:
-        policy shift (N,) and objective shift (N,), as `policy_shift` and `objective_shift`.
+    With vᵀv = 1 - 2π_a + Σπ², Σπv = π_a - Σπ² and Σπv² = π_a - 2π_a² + Σπ³, no support is needed. Of the batch, only
+    features and advantages are read; `sums` are over the full vocabulary, `lr` is α.
     """
     action, square, cube = sums.action_prob, sums.square, sums.cube
     advantages = batch.advantages.to(batch.dtype)

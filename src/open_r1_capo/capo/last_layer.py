@@ -80,14 +80,7 @@ class TokenBatch:
         return self.advantages.to(self.dtype)[:, None] * self.score
 
     def action_log_prob(self, log_mass: Tensor) -> Tensor:
-        """The sampled tokens' log-probabilities under the full policy.
-
-        Args:
-            log_mass: (N,), log of the policy's probability of the support.
-
-        Returns:
-            (N,), in nats, ≤ 0.
-        """
+        """(N,), log π(a) ≤ 0 under the full policy, in nats; `log_mass` (N,) is the log-probability of the support."""
         on_support = self.probs.to(self.dtype).gather(1, self.action_index[:, None])[:, 0]
         return (on_support.log() + log_mass.to(self.dtype)).clamp(max=0)
 
@@ -101,13 +94,7 @@ class TokenBatch:
         return (self.probs > 0).scatter(1, self.action_index[:, None], True)
 
     def subsets(self, granularity: str) -> Tensor:
-        """The subset b of each token (§5: tokens, sentences, groups or the full batch).
-
-        Args:
-            granularity: one of `GRANULARITIES`.
-
-        Returns:
-            (N,) int64.
+        """(N,) int64, the subset b of each token (§5: tokens, sentences, groups or the full batch).
 
         Raises:
             ValueError: an unknown granularity, or one that needs `groups` where there are none.
@@ -128,14 +115,11 @@ class TokenBatch:
         return replace(self, **{name: part[index] for name, part in parts.items() if part is not None})
 
     def validate(self, vocab_size: int | None) -> None:
-        """Check the values; reads them back once, so it synchronises an accelerator.
-
-        Args:
-            vocab_size: V, or None where any id will do.
+        """Check the values; reads them back once, so it synchronises an accelerator. `vocab_size` None allows any id.
 
         Raises:
-            ValueError: ids outside the vocabulary, columns outside the support, probabilities of finite tokens
-                that are negative or do not sum to 1.
+            ValueError: ids outside the vocabulary, columns outside the support, probabilities of finite tokens that
+                are negative or do not sum to 1.
         """
         _check_range("token_ids", self.token_ids, vocab_size)
         _check_range("action_index", self.action_index, self.token_ids.shape[1])
@@ -200,15 +184,7 @@ class RowEntries:
 
 
 def row_entries(batch: TokenBatch, weight: Tensor) -> RowEntries:
-    """The sorted terms of `row_gradient`.
-
-    Args:
-        batch: N tokens.
-        weight: (N,), from `TokenSelection`.
-
-    Returns:
-        The entries of the tokens of positive weight and non-zero advantage.
-    """
+    """The sorted terms of `row_gradient`: those of the tokens of positive weight (N,) and non-zero advantage."""
     kept = weight > 0
     occupied = batch.occupied & kept[:, None]
     moving = (occupied & (batch.advantages != 0)[:, None]).flatten()
@@ -223,18 +199,10 @@ def row_entries(batch: TokenBatch, weight: Tensor) -> RowEntries:
 
 
 def row_gradient(batch: TokenBatch, weight: Tensor, scratch_bytes: int) -> RowGradient:
-    """The weighted gradient rows of a batch (Eq. 7).
+    """The gradient rows of a batch with weights (N,) (Eq. 7): those that a token with a gradient touches.
 
-    Tokens of weight 0 are left out altogether, so that a rejected non-finite token cannot spread. Tokens of
-    advantage 0 touch no row: they count in the mean over all tokens, not in a row's own.
-
-    Args:
-        batch: N tokens.
-        weight: (N,), from `TokenSelection`.
-        scratch_bytes: bound of the temporary memory.
-
-    Returns:
-        The rows that at least one token with a gradient touches.
+    Tokens of weight 0 are left out altogether, so that a rejected non-finite token cannot spread. Tokens of advantage
+    0 touch no row: they count in the mean over all tokens, not in a row's own.
     """
     entries = row_entries(batch, weight)
     rows = slice(0, len(entries.token_ids))

@@ -10,8 +10,7 @@ class MomentTable:
     """First and second moments of the touched vocabulary rows, growing geometrically.
 
     Row 0 stays zero and stands for every id that was never touched, so that reading needs no mask. The table follows
-    the device of what arrives; while no row is touched it takes its dtype as well (float32 at least), unless `convert`
-    has fixed one.
+    the device of what arrives; while no row is touched it takes its dtype as well (float32 at least).
 
     Attributes:
         row_of: (V,) int32, the table row of each id; 0 if it has none.
@@ -27,7 +26,6 @@ class MomentTable:
         self.first = torch.zeros(1, dim)
         self.second = torch.zeros(1, dim)
         self.last_step = torch.zeros(1, dtype=torch.int64)
-        self._fixed_dtype = False
 
     def grow(self, ids: Tensor) -> Tensor:
         """The table rows (R,) int64 of distinct ids (R,), new ones for the ids that have none."""
@@ -46,23 +44,10 @@ class MomentTable:
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move to `device`, and while no row is touched to `dtype`."""
-        dtype = dtype if self.rows == 1 and not self._fixed_dtype else self.first.dtype
+        dtype = dtype if self.rows == 1 else self.first.dtype
         if self.first.device != device or self.first.dtype != dtype:
             self.first, self.second = self.first.to(device, dtype), self.second.to(device, dtype)
             self.row_of, self.last_step = self.row_of.to(device), self.last_step.to(device)
-
-    def convert(self, dtype: torch.dtype) -> None:
-        """Keep the moments in `dtype` from now on, whatever arrives.
-
-        Args:
-            dtype: float32 or float64.
-
-        Raises:
-            ValueError: a narrower dtype; 1 - β₂ = 0.001 is below its resolution, so the second moment would not decay.
-        """
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"moments: expected float32 or float64, got {dtype}")
-        self.first, self.second, self._fixed_dtype = self.first.to(dtype), self.second.to(dtype), True
 
     def touched(self) -> dict[str, Tensor]:
         """Copies of the rows in use: token_ids (R,) ascending, first_ and second_moment (R, D), last_step (R,)."""
@@ -77,12 +62,6 @@ class MomentTable:
 
     def restore(self, token_ids: Tensor, first_moment: Tensor, second_moment: Tensor, last_step: Tensor) -> None:
         """Take the state that `touched()` gave.
-
-        Args:
-            token_ids: (R,) int64, distinct.
-            first_moment: (R, D).
-            second_moment: (R, D).
-            last_step: (R,) int64.
 
         Raises:
             ValueError: shapes that do not fit, ids outside the vocabulary or twice, or moments that cannot be.
@@ -104,7 +83,7 @@ class MomentTable:
             raise ValueError(f"token_ids: expected values in 0..{vocab - 1}, got {low}..{high}")
         if len(token_ids.unique()) != rows:
             raise ValueError(f"token_ids: expected {rows} distinct ids, got {len(token_ids.unique())}")
-        dtype = self.first.dtype if self._fixed_dtype else torch.promote_types(first_moment.dtype, torch.float32)
+        dtype = torch.promote_types(first_moment.dtype, torch.float32)
         first_moment, second_moment = first_moment.to(dtype), second_moment.to(dtype)
         self.rows = 1 + rows
         self.row_of = torch.zeros(vocab, dtype=torch.int32, device=first_moment.device)

@@ -19,11 +19,7 @@ CACHE_BYTES = 4 * 2**20  # temporaries of one chunk on a CPU: about a core's sha
 
 
 def chunks(length: int, bytes_each: int, scratch_bytes: int) -> Iterator[slice]:
-    """Slices of 0..length whose items, of `bytes_each`, fit into `scratch_bytes` (at least one item each).
-
-    Yields:
-        Consecutive slices.
-    """
+    """Consecutive slices of 0..length whose items, of `bytes_each`, fit into `scratch_bytes` (at least one each)."""
     size = max(1, scratch_bytes // max(1, bytes_each))
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
@@ -35,13 +31,13 @@ def working_set(device: torch.device, scratch_bytes: int) -> int:
 
 
 def uses_triton(tensor: Tensor) -> bool:
-    """Whether the kernels of `kernels.py` run on this tensor; triton is no dependency of machines without a GPU."""
+    """Whether Triton kernels run on this tensor; triton is no dependency of machines without a GPU."""
     wanted = os.environ.get(ENGINE_VARIABLE, "")
     return wanted == "triton" or (not wanted and tensor.is_cuda and importlib.util.find_spec("triton") is not None)
 
 
 def segment_sums(offsets: Tensor, token: Tensor, coefficient: Tensor, features: Tensor, scratch_bytes: int) -> Tensor:
-    """Σ coefficient_e · x_{token_e} over each segment of the entries e.
+    """(R, D), Σ coefficient_e · x_{token_e} over the entries e of each segment, in their order.
 
     Args:
         offsets: (R + 1,) int64, bounds of the segments.
@@ -49,9 +45,6 @@ def segment_sums(offsets: Tensor, token: Tensor, coefficient: Tensor, features: 
         coefficient: (E,), its dtype is that of the arithmetic.
         features: x_ND.
         scratch_bytes: bound of the temporary memory beside the result, which narrow features need.
-
-    Returns:
-        (R, D), summed in the order of the entries.
     """
 
     def sums(x: Tensor) -> Tensor:
@@ -60,9 +53,9 @@ def segment_sums(offsets: Tensor, token: Tensor, coefficient: Tensor, features: 
         )
 
     if uses_triton(features):
-        from open_r1_capo.capo import kernels
+        from open_r1_capo.capo import segment_kernels
 
-        return kernels.segment_sums(offsets, token, coefficient, features)
+        return segment_kernels.segment_sums(offsets, token, coefficient, features)
     if len(token) == 0:
         return coefficient.new_zeros(len(offsets) - 1, features.shape[1])
     if features.dtype == coefficient.dtype:
@@ -75,16 +68,9 @@ def segment_sums(offsets: Tensor, token: Tensor, coefficient: Tensor, features: 
 
 
 def support_dots(table: Tensor, row: Tensor, features: Tensor, scratch_bytes: int) -> Tensor:
-    """z_ij = table[row_ij] · x_i, in bounded chunks of tokens.
+    """(N, K), z_ij = table[row_ij] · x_i in bounded chunks, for `table` (R, D), `row` (N, K) int64, `features` x_ND.
 
-    Args:
-        table: (R, D), its dtype is that of the arithmetic.
-        row: (N, K) int64.
-        features: x_ND.
-        scratch_bytes: bound of the temporary memory.
-
-    Returns:
-        (N, K).
+    The arithmetic is in the table's dtype.
     """
     (n, k), d = row.shape, table.shape[1]
     z = table.new_empty(n, k)

@@ -46,14 +46,9 @@ class TokenSelection:
         return replace(self, weight=self.weight * weight, other=self.other | (weight < 1))
 
     def metrics(self, moving: Tensor | None = None) -> dict[str, float]:
-        """What to log of a selection.
+        """Shares of all N tokens that were rejected (and by which bound) or scaled, their mean weight, and the shifts.
 
-        Args:
-            moving: (N,) bool, the tokens with a gradient (A ≠ 0), over which the shifts are summarised.
-
-        Returns:
-            Fractions of all N tokens that were rejected (and by which bound) or scaled down, their mean weight, and
-            mean, p99 and max of the finite shifts (for the objective: p99 and max of the absolute value).
+        Of the finite shifts of the `moving` tokens ((N,) bool, A ≠ 0): mean, p99 and max (absolute for m_H).
         """
         rejected, total = self.weight == 0, max(1, len(self.weight))
         counts = {

@@ -3,7 +3,7 @@
 `propose` turns each token's (or subset's) gradient g into the direction D = optimizer(g) and returns only the
 logit change z = D x of every token; the step itself is α·D, of ascent. It reads the optimizer's state and never
 changes it. `commit` takes one optimizer step with the accepted tokens; `planned` is the z of that very step.
-This file is the only one that contracts over the width D, always in chunks of bounded size.
+Whatever has the width D of the layer is worked on in chunks of bounded size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_r1_capo.capo import adam, engine
+from open_r1_capo.capo import adam, engines
 from open_r1_capo.capo.last_layer import RowGradient, TokenBatch, merge, row_gradient
 from open_r1_capo.capo.moments import MomentTable
 from open_r1_capo.capo.segments import chunks, entry_dots, segment_sums, support_dots
@@ -56,13 +56,10 @@ class _Step:
         weight: Tensor | None = None,
         reduce: Callable[[RowGradient], RowGradient] | None = None,
     ) -> None:
-        """Take one optimizer step with everything accumulated, and `batch` if given.
+        """Take one optimizer step with everything accumulated, and `batch` with its weights (N,) if given.
 
-        Args:
-            batch: a last micro-batch.
-            weight: its weights (N,).
-            reduce: sums the gradient over the ranks; called once. Without it a single micro-batch needs no sum of
-                its gradient rows, (R, D): the engine folds each row into its moments.
+        `reduce` sums the gradient over the ranks and is called once. Without it, a single micro-batch needs no sum of
+        its gradient rows (R, D): the engine folds each row into its moments.
 
         Raises:
             ValueError: nothing was accumulated and no batch is given, or a batch without weights.
@@ -83,14 +80,10 @@ class _Step:
 
     @torch.no_grad()
     def propose(self, batch: TokenBatch, granularity: str = "token") -> Tensor:
-        """z_NK = D x per unit learning rate, with D = optimizer(mean gradient of the token's subset).
+        """(N, K), z = D x per unit learning rate, with D = optimizer(mean gradient of the token's subset).
 
-        Args:
-            batch: N tokens.
-            granularity: `token`, `sequence` or `group` (by `batch.groups`), or `batch`.
-
-        Returns:
-            (N, K); 0 for tokens whose subset has no gradient (A = 0 throughout), which need no work.
+        The subset is the token itself, its `sequence` or `group` (by `batch.groups`), or the `batch`. z is 0 for the
+        tokens whose subset has no gradient (A = 0 throughout), which need no work.
 
         Raises:
             ValueError: the batch does not fit the model's vocabulary or width, or `groups` is missing.
@@ -173,11 +166,7 @@ class SGDStep(_Step):
         return {"settings": {"optimizer": "sgd"}, "step_count": self.step_count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`.
-
-        Raises:
-            ValueError: the state belongs to another optimizer model.
-        """
+        """Continue from `state_dict()`; ValueError if the state belongs to another optimizer model."""
         _check_settings(self.state_dict()["settings"], state["settings"])
         self.step_count = int(state["step_count"])
 
@@ -237,22 +226,11 @@ class AdamStep(_Step):
         self.rule = adam.AdamRule(beta1, beta2, eps, moment_average, absent_rows)
         self.table = MomentTable(vocab_size, dim)
 
-    def to(self, dtype: torch.dtype) -> AdamStep:
-        """Keep the moments in `dtype`, float32 or float64, whatever the batches' (`MomentTable.convert`)."""
-        self.table.convert(dtype)
-        return self
-
     @torch.no_grad()
     def planned(self, batch: TokenBatch) -> Tensor:
-        """z of the step that the committed moments take (before the first commit: 0).
+        """(N, K), z per unit learning rate of the step that the committed moments take (before the first commit: 0).
 
         Under `hold`, the rows that the last commit did not touch stay where they are, as in SparseAdam.
-
-        Args:
-            batch: N tokens, of this step or others.
-
-        Returns:
-            (N, K), per unit learning rate.
         """
         self._check(batch)
         if self.step_count == 0:
@@ -284,11 +262,7 @@ class AdamStep(_Step):
         self.step_count = int(state["step_count"])
 
     def _check(self, batch: TokenBatch, weight: Tensor | None = None) -> None:
-        """Check the batch against the model and the weights against the batch, and follow its device.
-
-        Raises:
-            ValueError: the batch has another width, or values that cannot be.
-        """
+        """Check the batch against the model and the weights against the batch, and follow its device."""
         _check_weight(batch, weight)
         if batch.features.shape[1] != self.dim:
             raise ValueError(f"features: expected width {self.dim}, got {batch.features.shape[1]}")
@@ -307,7 +281,7 @@ class AdamStep(_Step):
         self._engine(batch).commit(self.rule, self.table, batch, weight, self.step_count, self.scratch_bytes)
 
     def _engine(self, batch: TokenBatch) -> ModuleType:
-        return engine.choose(self.table, batch.features, self.scratch_bytes)
+        return engines.choose(self.table, batch.features, self.scratch_bytes)
 
     def _apply(self, gradient: RowGradient) -> None:
         self.table.place(gradient.total.device, gradient.total.dtype)

@@ -99,8 +99,8 @@ def _check_keys(settings: dict[str, Any]) -> None:
 
 def _unread(key: str, settings: dict[str, Any]) -> str | None:
     """Return the setting under which nothing reads another, None if something does."""
-    groups = ("capo", "data", "evaluation")
-    capo, data, evaluation = ({} if not isinstance(settings.get(k), dict) else settings[k] for k in groups)
+    groups = ("capo", "budget", "data", "evaluation")
+    capo, budget, data, evaluation = ({} if not isinstance(settings.get(k), dict) else settings[k] for k in groups)
     group, _, name = key.rpartition(".")
     reason = None
     if group == "capo":
@@ -111,6 +111,8 @@ def _unread(key: str, settings: dict[str, Any]) -> str | None:
         source = problem_source(str(data.get("name")), data.get("path"))
         if name not in source.reads:
             reason = f"data.path={data['path']}" if data.get("path") else f"data.name={data.get('name')}"
+    elif group == "budget" and name != "rule" and budget.get("rule", "none") == "none":
+        reason = "budget.rule=none"
     elif key == "token_records" and capo.get("mode") == "off":
         reason = "capo.mode=off"
     elif key == "evaluation.every" and not evaluation.get("suite"):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from open_r1_capo.settings.batch import ACCUMULATION, MICRO, split_batch
+from open_r1_capo.settings.budget import BudgetConfig
 from open_r1_capo.settings.capo import CAPOConfig, capo_config, capo_keys
 from open_r1_capo.settings.trl_fields import TRL_FIELDS
 from open_r1_capo.settings.values import ConfigError, Kinds, at_least, convert, make, schema
@@ -96,6 +97,7 @@ class RunConfig:
         allow_other_processes: go on with another number of processes, though not exactly.
         token_records: what became of each token is kept of the `notable` steps, of `all`, or of `none`.
         capo: see `CAPOConfig`.
+        budget: see `BudgetConfig`.
         data: see `DataConfig`.
         evaluation: see `EvaluationConfig`.
         lab: the policy that model_name_or_path=lab makes.
@@ -116,6 +118,7 @@ class RunConfig:
     allow_other_processes: bool = False
     token_records: str = "notable"
     capo: CAPOConfig = field(default_factory=CAPOConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     lab: LabSettings = field(default_factory=LabSettings)
@@ -135,6 +138,10 @@ class RunConfig:
                 )
         if "/" in self.variant:
             raise ValueError(f"variant is a part of a folder's name and has no '/', got {self.variant!r}")
+        if self.budget.on and not self.capo.on:
+            raise ValueError("budget.rule needs the step's tokens: use capo.mode=observe, which changes nothing else")
+        if self.budget.on and self.capo.step.acts:
+            raise ValueError("budget.rule measures each step, capo.step_policy_shift predicts it: leave one out")
         if not self.reward_funcs:
             raise ValueError("reward_funcs is empty: name at least one reward, for example reward_funcs=[accuracy]")
 

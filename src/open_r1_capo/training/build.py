@@ -171,7 +171,8 @@ def make_trainer(
         common = {"model": model, "reward_funcs": rewards, "args": args, "train_dataset": dataset}
         common |= {"processing_class": tokenizer, "advantage_baseline": config.advantage_baseline}
         if config.capo.on:
-            trainer = kind(**common, capo=config.capo, records=token_records(config, args, tokenizer))
+            records = token_records(config, args, tokenizer)
+            trainer = kind(**common, capo=config.capo, budget=config.budget, records=records)
         else:
             trainer = RunTrainer(**common)
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:

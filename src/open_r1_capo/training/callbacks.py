@@ -81,16 +81,7 @@ class RunCallback(TrainerCallback):
 
 
 def progress(row: dict[str, float], steps: int, seconds_left: float) -> str:
-    """One line: step, reward, rejected tokens, shifts, remaining time.
-
-    Args:
-        row: a metrics line.
-        steps: the last step.
-        seconds_left: estimate.
-
-    Returns:
-        The text, below 100 characters.
-    """
+    """One line below 100 characters: step, reward, rejected tokens, shifts, remaining time."""
     parts = [f"step {row['step']}/{steps}"]
     if "reward" in row:  # a step on completions of an earlier one has none
         parts.append(f"reward {row['reward']:.3f}")
@@ -103,12 +94,7 @@ def progress(row: dict[str, float], steps: int, seconds_left: float) -> str:
 
 
 def show(line: str, last: bool = False) -> None:
-    """Rewrite the progress line on a terminal; elsewhere print every tenth step.
-
-    Args:
-        line: from `progress`.
-        last: end the line.
-    """
+    """Rewrite the progress line on a terminal (`last` ends it); elsewhere print every tenth step."""
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="\n" if last else "", file=sys.stderr, flush=True)
     elif last or line.split("/")[0].endswith("0"):

@@ -43,14 +43,7 @@ class Support:
 
 
 def check_head(model: PreTrainedModel) -> None:
-    """Refuse models whose logits are not W h (+ b).
-
-    Args:
-        model: the policy.
-
-    Raises:
-        ValueError: the logits are capped or multiplied, so the last-layer model would be another function.
-    """
+    """Refuse models whose logits are not W h (+ b): the last-layer model would be another function (ValueError)."""
     config = model.config.get_text_config()
     for name in SCALED_HEADS:
         if getattr(config, name, None) not in (None, 1.0):
@@ -62,13 +55,9 @@ def check_head(model: PreTrainedModel) -> None:
 
 @contextmanager
 def captured_hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collect what the LM head reads: each forward's last hidden state (B, L, D), detached.
+    """Collect what the LM head reads: each forward's last hidden state (B, L, D), detached, in a list that is yielded.
 
-    Args:
-        model: the policy without wrappers; its backbone is `base_model`.
-
-    Yields:
-        The list that fills while the block runs, one tensor a forward pass.
+    The model comes without wrappers; its backbone is `base_model`.
     """
     captured: list[Tensor] = []
 
@@ -86,16 +75,9 @@ def captured_hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 def completion_hidden_states(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, mask: Tensor
 ) -> Tensor:
-    """One more forward pass: the hidden states that predict the completion tokens in `mask`.
+    """(M, D), by one more forward pass: the hidden states that predict the M completion tokens in `mask`.
 
-    Args:
-        model: the policy without wrappers.
-        input_ids: (B, L) int64, prompt and completion.
-        attention_mask: (B, L).
-        mask: (B, T) bool over the last T positions.
-
-    Returns:
-        (N, D) with N = mask.sum().
+    `input_ids` and `attention_mask` are (B, L), prompt and completion; `mask` (B, T) bool is of the last T positions.
     """
     with captured_hidden_states(model) as captured:  # FSDP knows the end of a pass by the whole model's
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
@@ -125,15 +107,12 @@ def policy_support(
     """The policy on its top k and the sampled token, without ever holding all N×V logits.
 
     Args:
-        model: the policy, for its LM head; the shards of ZeRO-3 and FSDP are gathered for the duration.
+        model: for its LM head; the shards of ZeRO-3 and FSDP are gathered for the duration.
         hidden: (N, D), from `predicting`.
         actions: (N,) int64, the sampled tokens.
         temperature: τ, which divides the logits.
         top_k: k; K is k + 1, or V if k covers the vocabulary.
         with_sums: also sum π² and π³ over the full vocabulary.
-
-    Returns:
-        The support of each token.
     """
     parts = [
         _chunk_support(logits, actions[part], top_k, with_sums)

@@ -46,9 +46,9 @@ def measure(
     temperature: float,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Measured:
-    """Measure a step that was taken on one micro-batch's tokens, or on a share of its sequences.
+    """Measure a step that was taken, on one micro-batch's tokens or on those of a share of its sequences.
 
-    TRL has shuffled the sequences, so the first ones are a random micro_batch.
+    TRL has shuffled the sequences, so the first ones are a random part.
 
     Args:
         policy: the model after the step, without wrappers.
@@ -56,9 +56,6 @@ def measure(
         share: of its sequences, in (0, 1].
         temperature: τ, which divides the logits.
         autocast: the context of the forward pass.
-
-    Returns:
-        The measurement.
     """
     chosen = torch.zeros_like(micro_batch.mask)
     chosen[: max(1, round(share * len(micro_batch.mask)))] = True
@@ -117,15 +114,7 @@ def _pairs(micro_batch: MicroBatch, one: Measured) -> Tensor:
 
 
 def spearman(a: Tensor, b: Tensor) -> float | None:
-    """Spearman's rank correlation; equal values share the mean of their ranks.
-
-    Args:
-        a: (N,).
-        b: (N,).
-
-    Returns:
-        In [-1, 1]; None if all values of one of them are equal, or there are fewer than two.
-    """
+    """Spearman's rank correlation of (N,) and (N,), ties sharing their mean rank; None where it is not defined."""
     ranks = torch.stack([_ranks(a), _ranks(b)])
     ranks = ranks - ranks.mean(1, keepdim=True)
     norms = ranks.norm(dim=1)

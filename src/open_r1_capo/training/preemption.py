@@ -75,10 +75,6 @@ class Preemption(TrainerCallback):
         self.stopped = Preempted(name, state.global_step)
 
     def check(self) -> None:
-        """End the run here if it was stopped.
-
-        Raises:
-            Preempted: it was.
-        """
+        """End the run here if it was stopped (Preempted)."""
         if self.stopped:
             raise self.stopped

@@ -21,14 +21,9 @@ def gather_columns(accelerator: Accelerator, columns: Tensor) -> Tensor:
 
 
 def gather_selection(accelerator: Accelerator, micro_batches: Sequence[MicroBatch]) -> tuple[TokenSelection, Tensor]:
-    """The update's selection over all micro-batches and ranks.
+    """The update's selection over all micro-batches and ranks, and which of its N tokens have a gradient ((N,) bool).
 
-    Args:
-        accelerator: knows the ranks.
-        micro_batches: this rank's.
-
-    Returns:
-        The selection of N tokens, in no particular order, and which of them have a gradient ((N,) bool, A ≠ 0).
+    The tokens are in no particular order.
     """
     selection = TokenSelection.cat([one.in_step for one in micro_batches])
     moving = torch.cat([one.tokens.advantages != 0 for one in micro_batches])

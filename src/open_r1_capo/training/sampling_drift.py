@@ -38,14 +38,7 @@ class SamplingComparison:
         self._found.append(difference[~difference.isnan()].cpu())  # NaN: a token that the sampler could not score
 
     def metrics(self, accelerator: Accelerator) -> dict[str, float]:
-        """Sum the step up over all processes, and begin the next one.
-
-        Args:
-            accelerator: joins the processes.
-
-        Returns:
-            Mean and largest absolute difference, in nats; nothing if no token was compared.
-        """
+        """The comparison of the step over all ranks, for the log; empty without one."""
         if not self._found:
             return {}
         mine = torch.cat(self._found)

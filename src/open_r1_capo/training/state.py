@@ -23,13 +23,7 @@ torch.serialization.register_package(50, lambda data: None, lambda data, to: dat
 
 
 def save_state(folder: Path, state: dict[str, Any], numbers: dict[str, Any]) -> None:
-    """Write the state file, atomically.
-
-    Args:
-        folder: an existing checkpoint folder.
-        state: a state dict; its tensors are stored, the rest goes to the header.
-        numbers: to keep beside it.
-    """
+    """Write a state dict (tensors, and the rest in the header) and numbers beside it, atomically."""
     tensors = {name: value.cpu().contiguous() for name, value in state.items() if isinstance(value, torch.Tensor)}
     plain = {name: value for name, value in state.items() if name not in tensors}
     header = {"version": VERSION, "state": plain, "extra": numbers}

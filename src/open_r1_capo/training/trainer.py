@@ -14,23 +14,27 @@ One update, from top to bottom:
 2. Before the last backward pass, the accepted tokens of all micro-batches and ranks are committed to the optimizer
    model, which then knows the step; the step rule may shorten its rate (`_commit`, `budget/`).
 3. Before `optimizer.step`, a gradient that is not finite or unusually large is thrown away (`before_step`).
-4. After it, the true KL is measured on the update's own tokens, and the step rule learns from it (`after_step`).
+4. After it, the true KL is measured on the update's own tokens (`after_step`). The step rule learns from it; or, with
+   a KL budget, the parameters are moved along the step until it fits (`budget/kl_budget.py`).
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from open_r1_capo.budget import KLBudget, Schedule
 from open_r1_capo.budget.rules import NormGuard
 from open_r1_capo.capo import AdamStep, SGDStep, TokenBatch, TokenSelection, objective_shift, policy_shift
 from open_r1_capo.capo.curvature import predicted_kl, sgd_shifts
+from open_r1_capo.settings.budget import BudgetConfig
 from open_r1_capo.settings.capo import CAPOConfig
 from open_r1_capo.training.features import captured_hidden_states, check_head, policy_support, predicting
-from open_r1_capo.training.measure import measure, metrics
+from open_r1_capo.training.measure import Measured, measure, metrics
 from open_r1_capo.training.ranks import gather_selection, sum_ranks, sum_rows
 from open_r1_capo.training.run_trainer import RunTrainer
 from open_r1_capo.training.token_records import TokenRecords
@@ -43,6 +47,7 @@ class CAPOTrainer(RunTrainer):
     Args:
         *args: as `RunTrainer`.
         capo: what CAPO does; with `mode=off`, `RunTrainer` is the trainer to use.
+        budget: the KL budget of a step, or None.
         records: keeps what became of the tokens of some steps, or None.
         **kwargs: as `RunTrainer`.
 
@@ -50,10 +55,19 @@ class CAPOTrainer(RunTrainer):
         ValueError: the model's logits are not a plain linear layer of its hidden states.
     """
 
-    def __init__(self, *args: Any, capo: CAPOConfig, records: TokenRecords | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        capo: CAPOConfig,
+        budget: BudgetConfig | None = None,
+        records: TokenRecords | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         check_head(self._policy)
         self.capo = capo
+        self.budget_config = budget if budget and budget.on else None
+        self.budget: KLBudget | None = None  # made with the optimizer
         self.records = records if self.accelerator.is_main_process else None
         self.counters["accepted_tokens"] = 0
         self.step_rule, self.guard = capo.step, NormGuard(capo.skip_gradient_norm)
@@ -67,6 +81,17 @@ class CAPOTrainer(RunTrainer):
         config, args = self._policy.config.get_text_config(), self.args
         adam = (args.adam_beta1, args.adam_beta2, args.adam_epsilon)
         return AdamStep(config.vocab_size, config.hidden_size, *adam, self.capo.moment_average, self.capo.absent_rows)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Make the optimizer, and the budget of its steps."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        config = self.budget_config
+        if config and self.budget is None:
+            options = {"rule": config.rule, "tolerance": config.tolerance, "max_passes": config.max_passes}
+            schedule = Schedule(config.schedule, self.args.max_steps, config.warmup_steps)
+            share = config.entropy_share
+            self.budget = KLBudget(optimizer, config.nats, entropy_share=share, schedule=schedule, **options)
+        return optimizer
 
     @property
     def _policy(self) -> Any:
@@ -123,7 +148,7 @@ class CAPOTrainer(RunTrainer):
             advantages=advantages[mask],
             groups=subsets(inputs, mask, capo.granularity),
         )
-        lr = self._scheduled_lr()
+        lr = self._coming_lr()
         if closed_form:
             shifts = sgd_shifts(tokens, support.sums, lr)
         else:
@@ -169,7 +194,7 @@ class CAPOTrainer(RunTrainer):
 
     def _predicted_shifts(self) -> tuple[float, float]:
         """m_F and m_H of the update at the scheduled rate: means over the tokens of all ranks, in nats and reward."""
-        lr, totals = self._scheduled_lr(), torch.zeros(3, dtype=torch.float64)
+        lr, totals = self._coming_lr(), torch.zeros(3, dtype=torch.float64)
         for one in self.update.micro_batches:
             z = self.step_model.planned(one.tokens)
             kl, objective = predicted_kl(one.tokens, z, lr), objective_shift(one.tokens, z, lr)
@@ -178,8 +203,10 @@ class CAPOTrainer(RunTrainer):
         kl, objective, count = sum_ranks(self.accelerator, totals).tolist()
         return kl / max(1, count), objective / max(1, count)
 
-    def _scheduled_lr(self) -> float:
-        """α, the schedule's rate for the coming update."""
+    def _coming_lr(self) -> float:
+        """α, the rate of the coming update: the schedule's, or where a KL budget is the target its own estimate."""
+        if self.budget and self.budget.rule == "target":
+            return self.budget.alpha
         return self.lr_scheduler.get_last_lr()[0]
 
     # --- 3. before the step: throw it away? --------------------------------------------------------------------------
@@ -199,6 +226,12 @@ class CAPOTrainer(RunTrainer):
             return
         finite = bool(torch.stack([g.detach().sum().isfinite() for g in gradients]).all())
         self.update.skipped = not finite or self.guard.skips(self.update.gradient_norm)
+        if self.budget and not self.update.skipped:
+            entropies = [one.entropy[one.entropy.isfinite()].double() for one in self.update.micro_batches]
+            totals = torch.stack([torch.stack([e.sum(), e.new_tensor(len(e))]) for e in entropies]).sum(0).cpu()
+            total, count = sum_ranks(self.accelerator, totals).tolist()
+            self.update.nats = self.budget.budget(entropy=max(total / max(1, count), 1e-6))
+            self.budget.begin(self.update.nats)
         if self.update.skipped:
             for parameter in self.model.parameters():
                 parameter.grad = None
@@ -211,20 +244,44 @@ class CAPOTrainer(RunTrainer):
         update, self.update = self.update, Update()
         taken_lr = 0.0 if update.skipped else self.optimizer.param_groups[0]["lr"]
         logs, found = {}, [None] * len(update.micro_batches)
+        if self.budget and not update.skipped:
+            taken_lr, logs, found = self._settle(update)
         for group, lr in zip(self.optimizer.param_groups, update.scheduled_lrs, strict=True):
             group["lr"] = lr
-        if self.capo.measure_kl > 0:
+        if self.capo.measure_kl > 0 and not logs:
             with self._clock("measure"):
-                how = (self.capo.measure_kl, self.temperature, self.accelerator.autocast)
-                found = [measure(self._policy, one, *how) for one in update.micro_batches]
-                logs = metrics(self.accelerator, update.micro_batches, found)
-            self.record({f"capo/{name}": value for name, value in logs.items()})
+                logs, found = self._measure(update, self.capo.measure_kl)
             if self.step_rule.learns and not update.skipped:
                 self.step_rule.observe(logs["measured_kl"], update.planned_kl)
+        self.record({f"capo/{name}": value for name, value in logs.items()})
         if self.records:
             lr, step = update.scheduled_lrs[0], self.state.global_step + 1
             whole = {"step": step, "lr": lr, "taken_lr": taken_lr, "measured_kl": logs.get("measured_kl")}
             self.records.offer(whole, update.micro_batches, found)
+
+    def _measure(self, update: Update, share: float) -> tuple[dict[str, float], list[Measured]]:
+        """The policy as it is now against the one before the step: metrics over all ranks, and a part of each."""
+        how = (share, self.temperature, self.accelerator.autocast)
+        found = [measure(self._policy, one, *how) for one in update.micro_batches]
+        return metrics(self.accelerator, update.micro_batches, found), found
+
+    def _settle(self, update: Update) -> tuple[float, dict[str, float], list[Measured]]:
+        """Move along the step until its KL fits the budget; returns the rate that was taken, and its measurement."""
+        measured: tuple[dict[str, float], list[Measured]] = {}, []
+
+        def kl() -> float:
+            nonlocal measured
+            measured = self._measure(update, self.budget_config.share)
+            unusable = measured[0]["measured_non_finite"] > 0
+            return math.inf if unusable else measured[0]["measured_kl"]
+
+        with self._clock("measure"):
+            taken = self.budget.settle(kl, update.nats)
+            if taken.kl != measured[0]["measured_kl"]:  # it went back to a shorter step, or to none
+                kl()
+        self.record({"budget/kl": taken.kl, "budget/nats": taken.nats, "budget/alpha": taken.alpha})
+        self.record({"budget/passes": taken.passes, "budget/taken_back": float(taken.taken_back)})
+        return taken.alpha, *measured
 
     # --- records and checkpoints -------------------------------------------------------------------------------------
 
@@ -242,6 +299,7 @@ class CAPOTrainer(RunTrainer):
     def _state(self):
         state, numbers = super()._state()
         numbers |= {"calibration": self.step_rule.calibration, "gradient_norms": self.guard.norms}
+        numbers |= {"budget": self.budget.state_dict()} if self.budget else {}
         return state | self.step_model.state_dict(), numbers
 
     def _load_state(self, state, numbers):
@@ -249,3 +307,5 @@ class CAPOTrainer(RunTrainer):
         self.step_model.load_state_dict(state)
         self.step_rule.calibration = numbers["calibration"]
         self.guard.norms = numbers.get("gradient_norms", [])  # older checkpoints have none
+        if self.budget:
+            self.budget.load_state_dict(numbers["budget"])

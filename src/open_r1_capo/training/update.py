@@ -54,6 +54,7 @@ class Update:
         planned_kl: m_F(batch) at the rate that the step is taken with, in nats.
         gradient_norm: before clipping.
         skipped: the step is not taken.
+        nats: its KL budget, where there is one.
     """
 
     micro_batches: list[MicroBatch] = field(default_factory=list)
@@ -61,6 +62,7 @@ class Update:
     planned_kl: float = 0.0
     gradient_norm: float = 0.0
     skipped: bool = False
+    nats: float = 0.0
 
 
 def step_generator(*numbers: int) -> torch.Generator:
@@ -80,15 +82,9 @@ def subsets(inputs: dict[str, Any], mask: Tensor, granularity: str) -> Tensor | 
 
 
 def gradient_scale(micro_batch: MicroBatch, denominator: str, loss_type: str) -> Tensor:
-    """What multiplies each log-probability's gradient: the weight, and n/Σw for the denominator `kept`.
+    """(B, T), what multiplies each log-probability's gradient: the weight, and n/Σw for the denominator `kept`.
 
-    Args:
-        micro_batch: with its weights.
-        denominator: `kept` or `all`.
-        loss_type: TRL's, which says over what it divides.
-
-    Returns:
-        (B, T).
+    TRL's `loss_type` says over what the loss divides.
     """
     weight, mask = micro_batch.by_rule.weight, micro_batch.mask
     scale = torch.ones(mask.shape, dtype=weight.dtype, device=weight.device).masked_scatter(mask, weight)

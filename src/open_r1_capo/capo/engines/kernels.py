@@ -16,8 +16,7 @@ from torch import Tensor
 from open_r1_capo.capo.adam import SMALLEST_DECAY, AdamRule, Folded, fold, resting
 from open_r1_capo.capo.last_layer import TokenBatch, row_entries
 from open_r1_capo.capo.moments import MomentTable
-
-TILE = {"ENTRIES": 16, "WIDTH": 128, "num_warps": 4}  # entries of one row × columns of D
+from open_r1_capo.capo.segment_kernels import TILE, real, row_sum
 
 
 def propose(rule: AdamRule, table: MomentTable, batch: TokenBatch, step: int, scratch: int) -> Tensor:
@@ -60,28 +59,10 @@ def commit(rule: AdamRule, table: MomentTable, batch: TokenBatch, weight: Tensor
         table.second,
         decay1.new_tensor([1 - rule.beta1, 1 - rule.beta2]),
         dim,
-        REAL=_real(dtype),
+        REAL=real(dtype),
         **TILE,
     )
     table.last_step[row] = step
-
-
-def segment_sums(offsets: Tensor, token: Tensor, coefficient: Tensor, features: Tensor) -> Tensor:
-    """As `segments.segment_sums`, for features of any floating dtype."""
-    rows, dim = len(offsets) - 1, features.shape[1]
-    out = coefficient.new_empty(rows, dim)
-    if rows:
-        _sums[(rows, triton.cdiv(dim, TILE["WIDTH"]))](
-            offsets,
-            token,
-            coefficient,
-            features.contiguous(),
-            out,
-            dim,
-            REAL=_real(out.dtype),
-            **TILE,
-        )
-    return out
 
 
 def _logit_changes(table: MomentTable, row: Tensor, batch: TokenBatch, folded: Folded) -> Tensor:
@@ -105,7 +86,7 @@ def _logit_changes(table: MomentTable, row: Tensor, batch: TokenBatch, folded: F
             z,
             k,
             dim,
-            REAL=_real(z.dtype),
+            REAL=real(z.dtype),
             **TILE,
         )
     return z.mul_(folded.scale)
@@ -121,10 +102,6 @@ def _tiles(ordered: Tensor) -> tuple[Tensor, Tensor]:
     within = torch.arange(len(segment), device=length.device) - (count.cumsum(0) - count)[segment]
     start = (stop - length)[segment] + within * size
     return start, torch.minimum(start + size, stop[segment])
-
-
-def _real(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 @triton.jit
@@ -170,53 +147,6 @@ def _propose(
 
 
 @triton.jit
-def _row_sum(
-    offsets_ptr,
-    token_ptr,
-    coefficient_ptr,
-    features_ptr,
-    segment,
-    column,
-    dim,
-    REAL: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """A block of columns of Σ coefficient · x over one segment's entries, always in the same order."""
-    stop = tl.load(offsets_ptr + segment + 1)
-    total = tl.zeros([WIDTH], REAL)
-    for start in range(tl.load(offsets_ptr + segment), stop, ENTRIES):
-        place = start + tl.arange(0, ENTRIES)
-        inside = place < stop
-        token = tl.load(token_ptr + place, mask=inside, other=0)[:, None]
-        coefficient = tl.load(coefficient_ptr + place, mask=inside, other=0).to(REAL)[:, None]
-        x = tl.load(
-            features_ptr + token * dim + column[None, :], mask=inside[:, None] & (column < dim)[None, :], other=0
-        ).to(REAL)
-        total += tl.sum(coefficient * x, axis=0)
-    return total
-
-
-@triton.jit
-def _sums(
-    offsets_ptr,
-    token_ptr,
-    coefficient_ptr,
-    features_ptr,
-    out_ptr,
-    dim,
-    REAL: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """One segment, one block of columns."""
-    segment = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    total = _row_sum(offsets_ptr, token_ptr, coefficient_ptr, features_ptr, segment, column, dim, REAL, ENTRIES, WIDTH)
-    tl.store(out_ptr + segment * dim + column, total, mask=column < dim)
-
-
-@triton.jit
 def _commit(
     offsets_ptr,
     token_ptr,
@@ -238,7 +168,7 @@ def _commit(
     segment = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     within = column < dim
-    total = _row_sum(offsets_ptr, token_ptr, coefficient_ptr, features_ptr, segment, column, dim, REAL, ENTRIES, WIDTH)
+    total = row_sum(offsets_ptr, token_ptr, coefficient_ptr, features_ptr, segment, column, dim, REAL, ENTRIES, WIDTH)
     mean = total / tl.load(divisor_ptr + segment).to(REAL)
     place = tl.load(row_ptr + segment) * dim + column
     first = tl.load(first_ptr + place, mask=within, other=0) * tl.load(keep1_ptr + segment)

@@ -8,21 +8,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from open_r1_capo.capo import adam, native
+from open_r1_capo.capo import adam
+from open_r1_capo.capo.engines import native
 from open_r1_capo.capo.moments import MomentTable
 from open_r1_capo.capo.segments import ENGINE_VARIABLE, uses_triton
 
 
 def choose(table: MomentTable, features: Tensor, scratch_bytes: int) -> ModuleType:
-    """The engine for moments and features (N, D) that are on one device.
+    """The engine, a module with `propose`, `commit` and `planned` as `adam`, for moments and features of one device.
 
-    Args:
-        table: the moments.
-        features: x_ND.
-        scratch_bytes: bound of the temporary memory; the C engine must widen narrow features as a whole.
-
-    Returns:
-        A module with `propose`, `commit` and `planned`, as `adam`.
+    The C engine must widen narrow features as a whole, which `scratch_bytes` may not allow.
 
     Raises:
         ValueError: the environment names an engine that there is not.
@@ -31,7 +26,7 @@ def choose(table: MomentTable, features: Tensor, scratch_bytes: int) -> ModuleTy
     if wanted not in ("", "torch", "native", "triton"):
         raise ValueError(f"{ENGINE_VARIABLE}: expected torch, native or triton, got {wanted!r}")
     if uses_triton(features):
-        from open_r1_capo.capo import kernels
+        from open_r1_capo.capo.engines import kernels
 
         return kernels
     arithmetic = torch.promote_types(features.dtype, torch.float32)
