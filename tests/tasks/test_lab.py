@@ -15,7 +15,7 @@ from trl.rewards import accuracy_reward
 from open_r1_capo.tasks.held_out import held_out_accuracy, suite_accuracy
 from open_r1_capo.tasks.lab import policy, task
 from open_r1_capo.tasks.lab.policy import LabError, base_policy, cache_key, is_sound
-from open_r1_capo.tasks.lab.pretrain import IGNORE, encode, pretrain
+from open_r1_capo.tasks.lab.pretrain import IGNORE, encode, pretrain, pretraining_text
 from open_r1_capo.tasks.lab.settings import LabSettings, Mixture
 from open_r1_capo.tasks.lab.tokenizer import build_tokenizer
 from open_r1_capo.tasks.source import problem_source
@@ -65,7 +65,7 @@ def test_one_split_for_every_order_and_wording_of_the_same_terms():
 
 def test_no_test_problem_is_pretrained_on_or_in_the_train_split():
     rng = random.Random(0)
-    seen = {task.pretraining_text(rng, Mixture())[0] for _ in range(4000)}
+    seen = {pretraining_text(rng, Mixture())[0] for _ in range(4000)}
     for variant in task.VARIANTS:
         held_out = {row["problem"] for row in task.problems("test", 300, variant=variant)}
         assert not held_out & seen
@@ -90,7 +90,7 @@ def test_worked_solution_shows_each_running_sum():
 
 def test_styles_come_in_their_shares():
     rng, mixture = random.Random(0), Mixture()
-    texts = [task.pretraining_text(rng, mixture)[1] for _ in range(4000)]
+    texts = [pretraining_text(rng, mixture)[1] for _ in range(4000)]
     worked = sum(text[0].isdigit() for text in texts) / len(texts)
     silent = sum("boxed" not in text for text in texts) / len(texts)
     assert worked == pytest.approx(mixture.worked, abs=0.03)
@@ -112,7 +112,7 @@ def test_the_real_reward_scores_every_variant(variant):
 
 def test_texts_come_back_as_they_were(tokenizer):
     rng = random.Random(0)
-    texts = [text for _ in range(500) for text in task.pretraining_text(rng, Mixture())]
+    texts = [text for _ in range(500) for text in pretraining_text(rng, Mixture())]
     texts += [row["problem"] for name in task.VARIANTS for row in task.problems("test", 20, variant=name)]
     texts += ["".join(map(chr, range(32, 127))), "05, 123 and\n1000", "σ ≤ 1"]
     for text in texts:
@@ -122,7 +122,7 @@ def test_texts_come_back_as_they_were(tokenizer):
 def test_texts_are_short_in_tokens(tokenizer):
     rng = random.Random(0)
     for _ in range(500):
-        problem, completion = task.pretraining_text(rng, Mixture())
+        problem, completion = pretraining_text(rng, Mixture())
         ids, labels = encode(problem, completion, tokenizer)
         assert sum(label != IGNORE for label in labels) <= 40
         assert len(ids) <= 80

@@ -41,7 +41,7 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-veri
 # where a run is written, how it is watched, or where its server is, does not make it another run; nor does the name of
 # a group of settings that are compared themselves
 NOT_IDENTITY = ("overwrite", "output_root", "report_to", "run_name", "num_threads", "token_records", "generation")
-NOT_IDENTITY += ("allow_other_processes",)
+NOT_IDENTITY += ("allow_other_processes", "method", "rule", "regime")
 NOT_IDENTITY += tuple(f"vllm_{name}" for name in ("server_base_url", "server_host", "server_port", "group_port"))
 
 

@@ -17,10 +17,25 @@ from contextlib import contextmanager
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from open_r1_capo.tasks.lab.settings import LabSettings
-from open_r1_capo.tasks.lab.task import pretraining_text
+from open_r1_capo.tasks.lab.settings import LabSettings, Mixture
+from open_r1_capo.tasks.lab.task import VARIANTS, direct_answer, draw_terms, ramble, worked_solution
 
 IGNORE = -100  # label of a token that carries no loss
+
+
+def pretraining_text(rng: random.Random, mixture: Mixture) -> tuple[str, str]:
+    """Draw one train problem of any variant with a completion of any style: the user's message and the completion."""
+    others = [name for name in VARIANTS if name != "base"]
+    variant = "base" if rng.random() < mixture.base else rng.choice(others)
+    terms = draw_terms(rng, "train", variant)
+    style = rng.random()
+    if style < mixture.worked:
+        completion = worked_solution(terms, rng, mixture.slip, mixture.shortcut, mixture.filler)
+    elif style < mixture.worked + mixture.direct:
+        completion = direct_answer(terms, rng, mixture.right, mixture.filler)
+    else:
+        completion = ramble(rng, mixture.filler)
+    return VARIANTS[variant].wording(terms), completion
 
 
 @contextmanager

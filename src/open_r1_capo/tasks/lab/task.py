@@ -15,10 +15,6 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from open_r1_capo.tasks.lab.settings import Mixture
 
 SPLITS = ("train", "test")
 TEST_SHARE = 5  # one multiset of terms in five is held out
@@ -231,18 +227,3 @@ def direct_answer(terms: tuple[int, ...], rng: random.Random, right: float, fill
 def ramble(rng: random.Random, filler: Filler = no_filler) -> str:
     """Write one to three sentences that never come to an answer, with filler before each."""
     return " ".join(filler(rng) + sentence for sentence in rng.sample(RAMBLES, rng.randint(1, 3)))
-
-
-def pretraining_text(rng: random.Random, mixture: Mixture) -> tuple[str, str]:
-    """Draw one train problem of any variant with a completion of any style: the user's message and the completion."""
-    others = [name for name in VARIANTS if name != "base"]
-    variant = "base" if rng.random() < mixture.base else rng.choice(others)
-    terms = draw_terms(rng, "train", variant)
-    style = rng.random()
-    if style < mixture.worked:
-        completion = worked_solution(terms, rng, mixture.slip, mixture.shortcut, mixture.filler)
-    elif style < mixture.worked + mixture.direct:
-        completion = direct_answer(terms, rng, mixture.right, mixture.filler)
-    else:
-        completion = ramble(rng, mixture.filler)
-    return VARIANTS[variant].wording(terms), completion
