@@ -134,7 +134,7 @@ def commit() -> str:
 def scoring_sources() -> str:
     """Return a hash of the files that turn answers into scores: another scoring is another number."""
     files = [HERE / "tasks.py"]
-    ours = ("evaluation/suite.py", "evaluation/scoring.py", "tasks/rewards.py", "tasks/data.py")
+    ours = ("evaluation/suite.py", "evaluation/scoring.py", "tasks/rewards.py", "tasks/verifier.py", "tasks/data.py")
     files += [ROOT / "src" / "open_r1_capo" / name for name in ours]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 

@@ -37,12 +37,7 @@ def schema(kind: type, prefix: str = "") -> dict[str, Kinds]:
 
 
 def convert(settings: dict[str, Any], names: dict[str, Kinds], prefix: str = "") -> dict[str, Any]:
-    """Convert settings to what their fields take; unknown ones are left out.
-
-    Args:
-        settings: of a recipe, or of a group in it.
-        names: from `schema`.
-        prefix: of the group's full name.
+    """Convert a recipe's settings, or a group's, to what `schema` says; unknown ones are left out.
 
     Raises:
         ConfigError: a value of another kind.
@@ -76,12 +71,12 @@ def make(kind: type, values: dict[str, Any], prefix: str = "") -> Any:
     """Build a dataclass of settings and the dataclasses in it.
 
     Args:
-        kind: a dataclass that raises ValueError, beginning with a field's name, for what it refuses.
+        kind: raises ValueError, beginning with a field's name, for what it refuses.
         values: by field; of a dataclass in it the dataclass, or its values as a dict.
         prefix: of the group's full name.
 
     Raises:
-        ConfigError: with the full name.
+        ConfigError: what a dataclass refuses, with the field's full name.
     """
     groups = {name: hint for name, hint in get_type_hints(kind).items() if is_dataclass(hint)}
     inner = {

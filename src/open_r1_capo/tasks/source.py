@@ -21,7 +21,8 @@ class PolicySource(ABC):
     """Gives the policy that training starts from.
 
     Attributes:
-        group: the recipe's group of settings that shape the policy, such as `lab`; None if there are none.
+        group: the recipe's group of settings that shape the policy, such as `lab`, a field of `RunConfig`; None if
+            there are none.
         suite: the evaluation suite that fits this policy by default, a name of `evaluation.suite`.
         system_prompt: used where a run's settings do not say; None is the default of `tasks.data`.
     """
@@ -54,7 +55,8 @@ class ProblemSource(ABC):
     """Gives problems with their answers.
 
     Attributes:
-        reads: the settings of `data` that this source reads, beside `name`, `path` and `max_prompt_tokens`.
+        reads: the settings of `data` that this source reads, beside `name`, `path` and `max_prompt_tokens`; others
+            are refused.
         measured: whether it has held-out problems, so that `evaluation.problems` and `evaluation.suite` can be set.
     """
 
@@ -66,14 +68,11 @@ class ProblemSource(ABC):
 
     @abstractmethod
     def training(self, data: Any, seed: int) -> Any:
-        """Training problems.
+        """Training problems, a `datasets.Dataset` with `problem` and `answer`.
 
         Args:
             data: the recipe's `DataConfig`.
             seed: of sources that draw their problems.
-
-        Returns:
-            A `datasets.Dataset` with `problem` and `answer`.
 
         Raises:
             UserError: the problems cannot be had.
