@@ -12,9 +12,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CUDA := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
-# the lab is one process on the CPU; a larger scale one process a GPU, under ZeRO-2, which keeps float32 weights for Adam
-ACCELERATE := $(BIN)/accelerate launch --config_file recipes/accelerate_configs/zero2.yaml --num_processes $(CUDA)
-LAUNCH := $(if $(or $(filter 0,$(CUDA)),$(filter lab%,$(SCALE))),$(BIN)/python -m open_r1_capo.grpo,$(ACCELERATE) src/open_r1_capo/grpo.py)
 comma := ,
 EXTRAS := $(if $(filter 0,$(CUDA)),dev,dev$(comma)gpu)
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)
@@ -42,10 +39,10 @@ $(STAMP): setup.py src/open_r1_capo/capo/engines/native.c
 	@touch $@
 
 train: $(STAMP) ## train RECIPE=capo_aggressive SCALE=lab SEED=0 ARGS="learning_rate=1e-4 …" [OVERWRITE=1]
-	@$(LAUNCH) --config-name $(RECIPE) scale=$(SCALE) seed=$(SEED) $(if $(OVERWRITE),overwrite=true) $(ARGS)
+	@$(BIN)/python -m open_r1_capo.grpo --config-name $(RECIPE) scale=$(SCALE) seed=$(SEED) $(if $(OVERWRITE),overwrite=true) $(ARGS)
 
 experiment: $(STAMP) ## NAME=fig2 SCALE=lab [SEEDS=5 ARGS=--dry-run]: the missing runs of a figure, side by side or by Slurm
-	@$(if $(filter lab%,$(SCALE)),OMP_NUM_THREADS=1 )$(BIN)/python -m open_r1_capo.experiments.sweep $(NAME) --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
+	@$(BIN)/python -m open_r1_capo.experiments.sweep $(NAME) --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 test: $(STAMP) ## unit and integration tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
@@ -62,10 +59,10 @@ quality: $(STAMP) ## formatting, lint, documentation rules
 style: $(STAMP) ## reformat and repair what can be
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-plan: $(STAMP) ## memory and time of RECIPE= at SCALE= on GPUS=4 GPU=h100 [NODES= ACCELERATOR=zero2 GENERATION= RUN= ARGS=]
+plan: $(STAMP) ## what fits: memory and disk of RECIPE= at SCALE= on GPUS=4 GPU=h100 [NODES= ACCELERATOR=zero2 GENERATION= ARGS=]
 	@$(BIN)/python -m open_r1_capo.capacity --recipe $(RECIPE) --scale $(SCALE) $(if $(GPUS),--gpus $(GPUS)) $(if $(NODES),--nodes $(NODES)) \
 	  $(if $(GPU),--gpu $(GPU)) $(if $(ACCELERATOR),--accelerator $(ACCELERATOR)) $(if $(GENERATION),--generation $(GENERATION)) \
-	  $(if $(SERVER_GPUS),--server-gpus $(SERVER_GPUS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(RUN),--run "$(RUN)") $(ARGS)
+	  $(if $(SERVER_GPUS),--server-gpus $(SERVER_GPUS)) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 report: $(STAMP) ## write the report of RUN=<run folder>, ended or not
 	@$(BIN)/python -m open_r1_capo.report $(RUN)
@@ -73,8 +70,8 @@ report: $(STAMP) ## write the report of RUN=<run folder>, ended or not
 compare: $(STAMP) ## RUNS="<run folder> …" on one page, OUT=outputs/compare.html
 	@$(BIN)/python -m open_r1_capo.report.compare --out $(or $(OUT),outputs/compare.html) $(RUNS)
 
-figures: $(STAMP) ## draw NAME=fig2 (without it all that have runs) SCALE=lab [SEEDS=5 SMOOTH=0.9|off OUT=], or RUNS="<run folder> …"
-	@$(BIN)/python -m open_r1_capo.experiments.figures.draw --scale $(SCALE) $(if $(NAME),--name $(NAME)) $(if $(SEEDS),--seeds $(SEEDS)) \
-	  $(if $(SMOOTH),--smooth $(SMOOTH)) $(if $(OUT),--out $(OUT)) $(or $(RUNS),$(if $(NAME),,--all $(wildcard outputs/*/*/seed*)))
+figures: $(STAMP) ## draw NAME=fig2 (without it all that have runs) SCALE=lab [SEEDS=5 SMOOTH=0.9|off OUT=]
+	@$(BIN)/python -m open_r1_capo.experiments.figures --scale $(SCALE) $(if $(NAME),--name $(NAME)) $(if $(SEEDS),--seeds $(SEEDS)) \
+	  $(if $(SMOOTH),--smooth $(SMOOTH)) $(if $(OUT),--out $(OUT))
 
 include $(wildcard eval/eval.mk benchmarks/bench.mk)

@@ -14,8 +14,6 @@ INSTALL_REQUIRES = [
     "accelerate==1.15.0",  # the release that trl 1.16 was tested with
     "datasets>=5.2,<6",  # trl 1.16 needs the 5.x features API
     "hydra-core==1.3.8",  # unpinned, pip drifts to a 1.4 release candidate
-    "hydra-joblib-launcher==1.2.0",  # `make experiment`: the last release, for hydra 1.3
-    "hydra-submitit-launcher==1.2.0",  # the same on Slurm
     "omegaconf>=2.3.1,<2.4",  # hydra 1.3's companion
     "math-verify==0.9.0",  # a reward's verdicts change between releases: exact
     "latex2sympy2_extended[antlr4_9_3]==1.11.0",  # math-verify 0.9's parser; antlr 4.9.3 is hydra's own

@@ -16,9 +16,16 @@ import tempfile
 from pathlib import Path
 
 from open_r1_capo import grpo
-from open_r1_capo.cluster.vllm import free_port, serve, vllm_command, vllm_environment
+from open_r1_capo.cluster.vllm import (
+    DEVELOPMENT,
+    FOR_TRAINING,
+    free_port,
+    serve,
+    vllm_command,
+    vllm_environment,
+    vllm_python,
+)
 from open_r1_capo.tasks.lab.policy import base_policy
-from open_r1_capo.training.generation.choice import vllm_python
 
 DIFFERENCE = "sampling/sampling_logp_difference"
 
@@ -35,12 +42,8 @@ def main() -> int:
     options = parser.parse_args()
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [
-        *vllm_command(str(vllm_python()), base_policy(), port, [], None),
-        "--logprobs-mode",
-        "processed_logprobs",
-    ]
-    environment = {**vllm_environment(on_cpu=True), "VLLM_SERVER_DEV_MODE": "1"}
+    command = vllm_command(str(vllm_python()), base_policy(), port, [], None, **FOR_TRAINING)
+    environment = {**vllm_environment(on_cpu=True), **DEVELOPMENT}
     print(
         "| generation | seconds a step | of them generating | mean difference, nats | largest |\n|---|---|---|---|---|"
     )

@@ -1,12 +1,13 @@
-"""Models of a planner's shape, shared by its tests."""
+"""Models and workloads of a known shape, shared by the tests of `capacity`."""
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from open_r1_capo.capacity.shapes import ModelShape
+from open_r1_capo.capacity.workload import Machines, read
+from open_r1_capo.settings.recipes import compose_recipe
 
 TINY = ModelShape("tiny", layers=2, hidden=64, intermediate=160, heads=4, kv_heads=2, head_dim=16, vocabulary=96)
-SCALE_7B = "scale=qwen2.5-math-7b"
 
 
 def config(shape, kind=Qwen2Config):
@@ -20,6 +21,11 @@ def config(shape, kind=Qwen2Config):
         head_dim=shape.head_dim,
         tie_word_embeddings=shape.tied,
     )
+
+
+def workload(recipe, *overrides, **machines):
+    """A recipe's workload, of the 7B scale unless an override says otherwise."""
+    return read(compose_recipe(recipe, ["scale=qwen2.5-math-7b", *overrides]), Machines(**machines))
 
 
 def model(shape, dtype=torch.float32):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ from accelerate.commands.launch import _validate_launch_command as validate
 from accelerate.commands.launch import launch_command_parser
 from transformers import TrainingArguments
 
-from open_r1_capo.cluster import job, launch, layout, node
-from open_r1_capo.cluster.layout import LaunchError, Place, resolve
+from open_r1_capo.cluster import job, launch, node
+from open_r1_capo.cluster.allocation import PORTS, Allocation, LaunchError, LaunchOptions, resolve
 from open_r1_capo.runs.exit import PREEMPTED
 from open_r1_capo.settings.recipes import compose_recipe
 from open_r1_capo.settings.run import ConfigError
@@ -34,13 +35,15 @@ SEVEN = [
 NO_GPU = {"needs_gpu": False, "bf16": False}
 
 
-def place(nodes=1, gpus=4, cpus=32):
+def allocation(nodes=1, gpus=4, cpus=32):
     names = tuple(f"n{number + 1}" for number in range(nodes))
-    return Place(names, tuple(f"10.0.0.{number + 1}" for number in range(nodes)), gpus, cpus)
+    return Allocation(names, tuple(f"10.0.0.{number + 1}" for number in range(nodes)), gpus, cpus)
 
 
 def resolved(options="", where=None, seed=0):
-    return resolve(launch.parser().parse_args(shlex.split(options)), where or place(), seed)
+    asked = launch.parser().parse_args(shlex.split(options))
+    options = LaunchOptions(**{one.name: getattr(asked, one.name) for one in fields(LaunchOptions)})
+    return resolve(options, where or allocation(), seed)
 
 
 def value(command, flag):
@@ -75,7 +78,7 @@ def test_part_of_a_node_serves():
 
 def test_the_last_nodes_serve():
     first, second, trainer = resolved(
-        "--recipe grpo_conservative --generation vllm_server --server-nodes 2 --tp 2", place(4, 8, 64)
+        "--recipe grpo_conservative --generation vllm_server --server-nodes 2 --tp 2", allocation(4, 8, 64)
     )
     assert trainer.nodes == ("n1", "n2")
     assert value(trainer.command, "--main_process_ip") == "10.0.0.1"
@@ -104,14 +107,14 @@ def test_a_server_elsewhere_is_not_started():
 
 
 def test_the_lab_is_one_process_without_gpus():
-    (step,) = resolved("--scale lab", place(2))
+    (step,) = resolved("--scale lab", allocation(2))
     assert (step.nodes, step.gpus, value(step.command, "--num_processes")) == (("n1",), 0, "1")
     assert "--cpu" in step.command
     assert value(step.command, "--mixed_precision") == "no"
 
 
 def test_the_lab_on_two_nodes():
-    (step,) = resolved("--scale lab --accelerator ddp", place(2, 1))
+    (step,) = resolved("--scale lab --accelerator ddp", allocation(2, 1))
     assert (step.nodes, value(step.command, "--num_processes")) == (("n1", "n2"), "2")
 
 
@@ -120,7 +123,7 @@ def test_colocated_tensor_parallelism():
 
 
 def test_steps_of_srun():
-    words = resolved("", place(2, 8))[0].srun()
+    words = resolved("", allocation(2, 8))[0].srun()
     assert words[0] == "srun"
     assert {"--nodes=2", "--ntasks=2", "--nodelist=n1,n2", "--gres=gpu:8", "--exact", "--mem=0"} <= set(words)
 
@@ -131,9 +134,12 @@ def test_steps_of_srun():
      (96, 24, 3, 16), (96, 24, 96, 1), (96, None, 2, None)],
 )  # fmt: skip
 def test_the_micro_batch_fits_the_processes(batch, micro, processes, expected):
-    settings = {"completions_per_step": batch} | ({"per_device_train_batch_size": micro} if micro else {})
-    found = layout.batch_overrides(settings, processes)
-    assert found == ([] if expected is None else [f"per_device_train_batch_size={expected}"])
+    (step,) = resolved(
+        f"--accelerator ddp --args 'completions_per_step={batch} per_device_train_batch_size={micro or 'null'}'",
+        allocation(1, processes),
+    )
+    *_, last = overrides(step)
+    assert last == f"per_device_train_batch_size={expected or micro or 'null'}"
 
 
 # --- seeds and submission --------------------------------------------------------------------------------------------
@@ -155,7 +161,11 @@ def test_a_dry_run_prints_the_submission_and_the_commands(capsys, monkeypatch):
     assert words[0] == "sbatch"
     assert {"--nodes=2", "--gres=gpu:8", "--array=0-4"} <= set(words)
     assert words[words.index("slurm/train.slurm") :][1:] == ["--seed", "0-4", "--nodes", "2", "--gpus-per-node", "8"]
-    assert shlex.split(trainer) == resolved("", Place(("node1", "node2"), ("node1", "node2"), 8))[0].srun()
+    assert shlex.split(trainer) == resolved("", Allocation(("node1", "node2"), ("node1", "node2"), 8))[0].srun()
+    assert launch.main(["--seed", "3", "--wait", "--dry-run"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[0])
+    assert words.index("--wait") < words.index("slurm/train.slurm")
+    assert words[words.index("slurm/train.slurm") :][1:] == ["--seed", "3"]
 
 
 # --- what the pinned programs accept ---------------------------------------------------------------------------------
@@ -167,7 +177,7 @@ SHAPES = [("", 1, 4), ("--generation vllm_server", 1, 4), ("", 2, 8), ("--genera
 @pytest.mark.parametrize("recipe", SEVEN)
 def test_the_papers_recipes_are_accepted(recipe, options, nodes, gpus, monkeypatch):
     """accelerate's parser takes the command, and TRL the settings, with the paper's batch."""
-    *_, step = resolved(f"--recipe {recipe} {options}", place(nodes, gpus))
+    *_, step = resolved(f"--recipe {recipe} {options}", allocation(nodes, gpus))
     arguments = step.command[step.command.index("open_r1_capo.cluster.node") + 1 :]
     parsed = launch_command_parser().parse_args(arguments)
     assert parsed.training_script == "src/open_r1_capo/grpo.py"
@@ -185,7 +195,7 @@ def test_the_papers_recipes_are_accepted(recipe, options, nodes, gpus, monkeypat
 @pytest.mark.parametrize("accelerator", launch.ACCELERATORS)
 def test_accelerate_reads_the_configurations(accelerator, monkeypatch):
     monkeypatch.chdir(ROOT)
-    (step,) = resolved(f"--accelerator {accelerator}", place(2, 8))
+    (step,) = resolved(f"--accelerator {accelerator}", allocation(2, 8))
     arguments = step.command[step.command.index("open_r1_capo.cluster.node") + 1 :]
     args, *_ = validate(launch_command_parser().parse_args(arguments))
     assert (args.num_machines, args.num_processes, args.rdzv_backend) == (2, 16, "static")
@@ -212,9 +222,9 @@ for command in json.load(sys.stdin):
     not (ROOT / ".venv-vllm" / ".ready").is_file(), reason="no .venv-vllm: make eval MODEL=lab builds it"
 )
 def test_vllm_accepts_the_servers_commands():
-    first, second, _ = resolved("--generation vllm_server --server-nodes 2 --tp 2", place(4, 8))
+    first, second, _ = resolved("--generation vllm_server --server-nodes 2 --tp 2", allocation(4, 8))
     (alone,) = resolved("--serve")
-    commands = [list(step.command[step.command.index("serve") + 1 :]) for step in (first, second, alone)]
+    commands = [step.command[step.command.index("serve") + 1 :] for step in (first, second, alone)]
     done = subprocess.run(
         [ROOT / ".venv-vllm/bin/python", "-c", VLLM], input=json.dumps(commands), capture_output=True, text=True
     )
@@ -235,12 +245,12 @@ def test_vllm_accepts_the_servers_commands():
         ("--server-gpus 1", None, "--server-gpus has no effect here: it needs --generation vllm_server"),
         ("--dp 2", None, "--dp has no effect here"),
         ("--generation vllm_server --server-gpus 4", None, "leaves none of the 4 GPUs to train on"),
-        ("--generation vllm_server --server-nodes 2", place(2), "leaves none of the 2 nodes to train on"),
-        ("--generation vllm_server --server-gpus 2", place(2), "with several nodes use --server-nodes"),
+        ("--generation vllm_server --server-nodes 2", allocation(2), "leaves none of the 2 nodes to train on"),
+        ("--generation vllm_server --server-gpus 2", allocation(2), "with several nodes use --server-nodes"),
         ("--generation vllm_server --tp 2", None, "--tp 2 does not fill the server's 1 × 1 GPUs"),
         ("--serve --dp 3", None, "--tp 1 --dp 3 does not fill the server's 1 × 4 GPUs"),
-        ("", place(1, 5), r"completions_per_step \(96\) is not a multiple of the 5 training processes"),
-        ("", place(1, 0), "the job has no GPUs"),
+        ("", allocation(1, 5), r"completions_per_step \(96\) is not a multiple of the 5 training processes"),
+        ("", allocation(1, 0), "the job has no GPUs"),
         ("--recipe nope", None, "there is no recipe 'nope'"),
         ("--args learning_rte=1", None, "did you mean learning_rate"),
         (
@@ -279,7 +289,7 @@ def test_taken_ports_are_passed_over():
         taken.bind(("", 0))
         first = taken.getsockname()[1]
         found = launch.free_ports(first - 1)
-    assert first not in range(found, found + layout.PORTS)
+    assert first not in range(found, found + PORTS)
 
 
 # --- a running job, with programs that stand in for Slurm's ----------------------------------------------------------
@@ -311,7 +321,7 @@ def slurm(tmp_path, monkeypatch):
 
 
 def step(name, script):
-    return job.Step(name, ("n1",), 1, 4, (script,))
+    return job.SrunStep(name, ("n1",), 1, 4, (script,))
 
 
 POLITE = f"trap 'kill $!; exit {PREEMPTED}' USR1; sleep 30 & wait"

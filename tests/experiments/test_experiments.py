@@ -1,16 +1,23 @@
 """Experiments are read into runs, a search asks for the runs that decide it, and a sweep does what is missing."""
 
 import json
+import os
+import shlex
+import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import yaml
 
+from open_r1_capo.cluster import launch
 from open_r1_capo.experiments import spec as experiments
 from open_r1_capo.experiments import sweep
 from open_r1_capo.experiments.spec import Arm, Experiment, ExperimentError, known_experiments, load
 from open_r1_capo.runs import outcomes
-from open_r1_capo.runs.run import SUMMARY
+from open_r1_capo.runs.run import SUMMARY, Run
 
 
 @pytest.fixture
@@ -18,7 +25,7 @@ def folder(tmp_path, monkeypatch):
     """An empty folder of experiments, with settings that both scales share."""
     monkeypatch.setattr(experiments, "EXPERIMENTS", tmp_path)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "common.yaml").write_text("lab: {evaluation.problems: 0, save_strategy: \"'no'\"}\n")
+    (tmp_path / "common.yaml").write_text("scales: {lab*: {evaluation.problems: 0, save_strategy: \"'no'\"}}\n")
 
     def write(name, **content):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
@@ -64,8 +71,9 @@ def test_arms_grids_and_folders(folder):
     assert str(found.folder(found.arms[2], 2)) == last
     assert [(arm.label, seed) for arm, seed in found.runs()][:4] == [("A", 2), ("B", 2), ("B", 2), ("A", 3)]
     assert found.common == ("evaluation.problems=0", "save_strategy='no'")
-    folder("two", title="Two", seeds=[2], arms=arms, lab={"evaluation.problems": 9})
+    folder("two", title="Two", seeds=[2], arms=arms, scales={"lab_*": {"evaluation.problems": 9}})
     assert load("two", "lab_wide").common == ("evaluation.problems=9", "save_strategy='no'")
+    assert load("two", "lab").common == found.common
     assert load("two", "qwen2.5-math-7b").common == ()
     assert load("one", "qwen2.5-math-7b").common == ()
 
@@ -153,8 +161,8 @@ def test_what_is_missing(folder):
     folder("one", title="T", seeds=[2, 3], arms=[{"label": "A", "recipe": "grpo_aggressive"}])
     experiment = load("one")
     write_run(experiment.folder(experiment.arms[0], 2), [0.5] * 10)
-    assert sweep.missing(experiment, experiment.runs()) == [(experiment.arms[0], 3)]
-    assert "SCALE=lab SEED=3" in sweep.command(experiment, (experiment.arms[0], 3))
+    assert sweep.due(experiment, sweep._survival(experiment)) == [(experiment.arms[0], 3)]
+    assert {"SCALE=lab", "SEED=3"} <= set(sweep.command(experiment, (experiment.arms[0], 3)))
 
 
 def test_a_dry_run_of_a_search_lists_its_next_runs(folder, capsys):
@@ -169,31 +177,64 @@ def test_a_dry_run_of_a_search_lists_its_next_runs(folder, capsys):
     assert "a search" in said.err
 
 
-def test_how_far_a_run_is(folder, tmp_path):
-    run = sweep.RunFolder(tmp_path / "run")
-    assert sweep._share_done(run) == 0
+def test_how_far_a_run_is(tmp_path):
+    run = Run(tmp_path / "run")
+    assert sweep.share_done(run) == 0
     write_run(run.path, [0.3] * 15)
-    run.config.write_text("max_steps: 60\n")
-    assert sweep._share_done(run) == 0.25
+    assert sweep.share_done(run) == 1
+    run.summary_file.unlink()
+    run.config_file.write_text("recipe: grpo_planned\nmax_steps: 60\n")
+    assert sweep.share_done(run) == 0.25
 
 
-def test_a_run_beyond_the_lab_is_made_by_make(folder, tmp_path, monkeypatch, capsys):
-    """The line that is shown and the one that a worker runs both reach a program with every override whole."""
+@pytest.fixture
+def on_gpus(folder, tmp_path, monkeypatch):
+    """An experiment of two runs on GPUs; make and slurm/train.slurm write what they are given into the file `said`."""
     grid = {"learning_rate": [1e-4, 1e-5]}
     folder("one", title="T", seeds=[2], arms=[{"label": "A", "recipe": "grpo_planned", "grid": grid}])
     (tmp_path / "Makefile").write_text("train:\n\t@printf '%s\\n' $(RECIPE) $(SCALE) $(SEED) $(ARGS) >> said\n")
-    assert sweep.main(["one", "--scale", "qwen2.5-math-1.5b", "--dry-run"]) == 0
-    subprocess.run(["bash", "-c", capsys.readouterr().out.splitlines()[0]], check=True)
-    shown = (tmp_path / "said").read_text()
+    script = tmp_path / "slurm" / "train.slurm"
+    script.parent.mkdir()
+    script.write_text('#!/bin/sh\necho submitted\nprintf "%s\\n" "$@" >> said.$$\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(sweep.shutil, "which", lambda name: None)
+    return ["one", "--scale", "qwen2.5-math-1.5b"]
+
+
+def test_a_run_on_gpus_is_made_by_make(on_gpus, tmp_path, capsys):
+    """The line that is shown and the one that is run both reach a program with every override whole."""
+    assert sweep.main([*on_gpus, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line in lines:
+        subprocess.run(["bash", "-c", line], check=True)
+    said = tmp_path / "said"
+    shown = said.read_text()
     assert shown.splitlines()[:3] == ["grpo_planned", "qwen2.5-math-1.5b", "2"]
-    assert "variant='learning_rate=0.0001'" in shown.splitlines()
-    (tmp_path / "said").unlink()
-    assert (
-        sweep.main(["one", "--scale", "qwen2.5-math-1.5b", "--jobs", "1", "--launcher", "joblib"]) == 1
-    )  # no summary
-    assert (tmp_path / "said").read_text().startswith(shown)
+    assert {"variant='learning_rate=0.0001'", "variant='learning_rate=1e-05'"} <= set(shown.splitlines())
+    said.unlink()
+    assert sweep.main(on_gpus) == 1  # no summary
+    assert said.read_text() == shown
+    assert capsys.readouterr().err.count("failed: ") == 2
     assert sweep.main(["one", "--jobs", "0"]) == 2
     assert "at least 1, got 0" in capsys.readouterr().err
+
+
+def test_runs_on_gpus_are_submitted_where_there_is_slurm(on_gpus, tmp_path, monkeypatch):
+    """Each with the script's options, and its overrides as one word that the launcher splits."""
+    monkeypatch.setattr(sweep.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert sweep.main([*on_gpus, "--no-slurm"]) == 1
+    assert (tmp_path / "said").is_file()
+    assert sweep.main([*on_gpus, "--slurm", "--nodes=2 --tp 2"]) == 1
+    found = sorted(tmp_path.glob("said.*"))
+    assert len(found) == 2
+    submitted = [launch.parser().parse_args(path.read_text().splitlines()) for path in found]
+    place = [(one.wait, one.recipe, one.scale, one.seed, one.nodes, one.tp) for one in submitted]
+    assert place == [(True, "grpo_planned", "qwen2.5-math-1.5b", "2", 2, 2)] * 2
+    rates = {word for one in submitted for word in shlex.split(one.args) if word.startswith("variant")}
+    assert rates == {"variant='learning_rate=0.0001'", "variant='learning_rate=1e-05'"}
+    assert "submitted" in next(tmp_path.glob("outputs/experiments/.sweeps/*.log")).read_text()
+    assert sweep.main(on_gpus) == 1
+    assert len(sorted(tmp_path.glob("said.*"))) == 4
 
 
 def test_outcomes():
@@ -214,7 +255,7 @@ def test_outcomes():
 
 
 def test_a_sweep_of_real_runs(folder, lab_policy, tmp_path, capsys):
-    """Two seeds by Hydra's multirun; the second call makes the one that is gone again, with the same numbers."""
+    """Two seeds in a process of their own; the second call makes the one that is gone again, with the same numbers."""
     (tmp_path / lab_policy.name).symlink_to(lab_policy)  # a folder's name has no '/'
     small = {"max_steps": 2, "completions_per_step": 8, "data.problems": 8, "model_name_or_path": lab_policy.name}
     folder("one", title="T", seeds=[2, 3], arms=[{"label": "A", "recipe": "grpo_planned", "overrides": small}])
@@ -256,3 +297,44 @@ def test_a_run_that_fails_leaves_the_others_alone(folder, lab_policy, tmp_path, 
     log = next(tmp_path.glob("outputs/experiments/.sweeps/*nowhere*.log"))
     assert str(log.relative_to(tmp_path)) in said
     assert "the model nowhere cannot be loaded" in log.read_text()
+
+
+def test_a_run_that_is_killed_leaves_the_others_alone(tmp_path, monkeypatch):
+    """One process, two runs: the first one kills it."""
+    (tmp_path / sweep.LOGS).mkdir()
+    experiment = Experiment("x", "X", "lab", (Arm("A", "killed"), Arm("B", "whole")), (2,), root=tmp_path)
+    monkeypatch.setattr(sweep, "train_here", killed_or_whole)
+    sweep.on_cpu(experiment, list(experiment.runs()), workers=1)
+    assert [path.name for path in tmp_path.glob("*/*.log")] == ["whole-lab-seed2.log"]
+
+
+def killed_or_whole(recipe, overrides, log):
+    if recipe == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    log.touch()
+
+
+def test_ctrl_c_stops_the_runs(folder, lab_policy, tmp_path):
+    """SIGINT to the sweep alone: it ends with 130, its run too, and what the run has done can be gone on with."""
+    (tmp_path / lab_policy.name).symlink_to(lab_policy)
+    small = {"max_steps": 5000, "completions_per_step": 8, "data.problems": 8, "model_name_or_path": lab_policy.name}
+    folder("one", title="T", seeds=[2], arms=[{"label": "A", "recipe": "grpo_planned", "overrides": small}])
+    program = (
+        f"import sys, pathlib; from open_r1_capo.experiments import spec, sweep\n"
+        f"spec.EXPERIMENTS = pathlib.Path({str(tmp_path)!r})\n"
+        "if __name__ == '__main__': sys.exit(sweep.main(['one']))\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    process = subprocess.Popen([sys.executable, "program.py"], stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 300
+    while not list(Path().glob("outputs/experiments/*/lab/seed2/metrics.jsonl")):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    said = process.stderr.read()
+    assert "stopped; the same command goes on with the missing runs" in said
+    assert "Traceback" not in said
+    log = next(Path().glob("outputs/experiments/.sweeps/*.log")).read_text()
+    assert "stopped; the same command goes on from the last checkpoint" in log
+    assert not list(Path().glob("outputs/experiments/*/lab/seed2/summary.json"))

@@ -9,13 +9,20 @@ import torch
 
 import oracle
 import pages
-from open_r1_capo import grpo
 from open_r1_capo.capo import Mask
 from open_r1_capo.experiments import counterfactual, mechanism
-from open_r1_capo.experiments.counterfactual import ARMS, Counterfactual, gradient_split, shuffled, summary
-from open_r1_capo.settings.recipes import compose_recipe
+from open_r1_capo.experiments.counterfactual import (
+    ARMS,
+    Counterfactual,
+    compare,
+    gradient_split,
+    masked_method,
+    shuffled,
+)
+from open_r1_capo.settings.recipes import compose_recipe, known_recipes
 from open_r1_capo.tasks.lab import task
 from open_r1_capo.training.build import build
+from open_r1_capo.training.run import command
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -98,7 +105,7 @@ def run(tmp_path_factory, lab_policy):
         "evaluation.problems=0", "learning_rate=1e-3", "token_records=all", f"output_root={root}",
         f"model_name_or_path={lab_policy}",
     ]  # fmt: skip
-    assert grpo.main(["--config-name", "grpo_aggressive", *settings]) == 0
+    assert command("grpo_aggressive", settings) == 0
     return root / "grpo_aggressive" / "lab" / "seed0"
 
 
@@ -128,19 +135,18 @@ def test_the_step_is_taken_again(run, tmp_path, monkeypatch):
     mask = found["steps"]["arms"]["mask"]["measured_kl"]
     assert mask["change"] == pytest.approx(sum(change) / 2)
     assert mask["change_error"] == pytest.approx(abs(change[0] - change[1]) / 2)
-    assert summary(rows[:1])["mask"]["measured_kl"]["error"] == 0
+    assert compare(rows[:1])["mask"]["measured_kl"]["error"] == 0
     assert "step taken with" in (tmp_path / "mechanism.md").read_text()
 
 
 @pytest.mark.parametrize(("recipe", "bound"), [("grpo_planned", "capo"), ("reinforce_aggressive", "reincapo")])
 def test_an_arm_changes_the_rule_and_nothing_else(recipe, bound, tmp_path, monkeypatch):
     """The thresholds of the run's own method; a planned run stays planned under every rule."""
-    settings = compose_recipe(recipe, [])
+    settings = compose_recipe(recipe, [f"model_name_or_path={tmp_path}"])
     (tmp_path / "config.yaml").write_text(json.dumps(settings))
     taken = {}
     monkeypatch.setattr(counterfactual, "build", lambda settings: taken.update(settings) or build(settings))
     monkeypatch.setattr(counterfactual, "make_trainer", lambda *args, **kwargs: None)
-    monkeypatch.setattr(counterfactual, "base_policy", lambda settings: tmp_path)
     monkeypatch.setattr(counterfactual, "load_tokenizer", lambda model: None)
     monkeypatch.setattr(counterfactual, "load_dataset", lambda *args: None)
     for arm, mode in (("none", "observe"), ("mask", "mask"), ("scale", "scale")):
@@ -156,7 +162,7 @@ def test_an_arm_changes_the_rule_and_nothing_else(recipe, bound, tmp_path, monke
 
 def test_what_cannot_be_used(run, tmp_path, capsys):
     for arguments, message in (
-        (["--run", str(tmp_path)], "holds no config.yaml of a run"),
+        (["--run", str(tmp_path)], "it has no readable config.yaml of a run"),
         (["--records", str(tmp_path)], "has no record of every step: train it with token_records=all"),
     ):
         assert mechanism.main([*arguments, "--out", str(tmp_path / "out")]) == 2
@@ -213,12 +219,12 @@ def test_records_that_cannot_be_used(tmp_path, capsys):
 
 
 def test_a_step_is_measured_on_the_problems_of_its_own_run(tmp_path):
-    settings = {
-        "data": {"name": "lab", "variant": "subtraction"},
-        "capo": {"mode": "observe"},
-        "method": "grpo",
-        "max_steps": 2,
-        "seed": 3,
-    }
+    settings = compose_recipe("grpo_aggressive", ["data.variant=subtraction", "seed=3"])
     (tmp_path / "config.yaml").write_text(json.dumps(settings))
     assert Counterfactual(tmp_path, problems=5).problems == task.problems("train", 5, seed=3, variant="subtraction")
+
+
+@pytest.mark.parametrize("recipe", known_recipes())
+def test_the_base_method_is_told_by_what_defines_it(recipe):
+    start = "drcapo" if recipe.startswith("dr") else "reincapo" if recipe.startswith("rein") else "capo"
+    assert masked_method(compose_recipe(recipe, [])) == start

@@ -5,9 +5,8 @@ import pytest
 
 import synthetic_runs
 from open_r1_capo.experiments import spec as experiments
-from open_r1_capo.experiments.figures import curves, tables
-from open_r1_capo.experiments.figures import draw as figures
-from open_r1_capo.experiments.figures import own as ours
+from open_r1_capo.experiments.figures import __main__ as figures
+from open_r1_capo.experiments.figures import curves, stability, tables
 
 
 def runs_of(name, monkeypatch, tmp_path):
@@ -22,7 +21,7 @@ def test_means_over_stages_and_seeds(monkeypatch, tmp_path):
     experiment, data = runs_of("step_sizes", monkeypatch, tmp_path)
     arm = experiment.arms[0]
     rows = [synthetic_runs.metrics(arm, seed) for seed in experiment.seeds]
-    found = ours.step_sizes(data, 0.0).numbers["arms"][", ".join((arm.label, *arm.overrides))]
+    found = stability.step_sizes(data).numbers["arms"][", ".join((arm.label, *arm.overrides))]
     norms, kls = (np.array([[row[key] for row in one] for one in rows]) for key in ("grad_norm", "capo/measured_kl"))
     assert found["gradient norm"] == pytest.approx(
         [norms[:, 1:10].mean(), norms[:, 10:20].mean(), norms[:, 20:].mean()]
@@ -35,7 +34,7 @@ def test_the_largest_kl_of_a_method(monkeypatch, tmp_path):
     experiment, data = runs_of("stability_grid", monkeypatch, tmp_path)
     rates = [arm for arm in experiment.arms if arm.label == "GRPO planned"]
     rows = [row for arm in rates for seed in experiment.seeds for row in synthetic_runs.metrics(arm, seed)]
-    largest = tables.stability(data)[1]["methods"]["GRPO planned"]["largest_kl"]
+    largest = stability.rates_table(data)[1]["methods"]["GRPO planned"]["largest_kl"]
     assert largest == pytest.approx(max(row["capo/measured_kl"] for row in rows))
 
 

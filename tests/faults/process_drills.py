@@ -30,8 +30,8 @@ from processes import (
 )
 from test_preemption import signalled, test_a_stopped_run_resumes_bit_for_bit  # SIGTERM and SIGUSR1 in mid-step
 
+from open_r1_capo.cluster.vllm import VLLM_PYTHON
 from open_r1_capo.runs.checkpoints import find_damage, newest_complete
-from open_r1_capo.training.generation.choice import VLLM_PYTHON
 from test_grpo import command, finished, metrics, same_run
 
 __all__ = ["finished", "signalled", "test_a_stopped_run_resumes_bit_for_bit"]

@@ -205,6 +205,24 @@ def test_a_comparison_shows_all_runs_under_the_pointer(tmp_path):
         assert set(page.requests) == {out.as_uri()}
 
 
+def test_seeds_are_thin_lines_of_one_colour_under_their_mean(tmp_path):
+    runs = [pages.make_run(tmp_path / "capo_aggressive" / "lab" / f"seed{seed}", seed=seed) for seed in range(2)]
+    runs.append(pages.make_run(tmp_path / "grpo_aggressive" / "lab" / "seed0", steps=30))
+    out = tmp_path / "compare.html"
+    assert compare(["--out", str(out), *map(str, runs)]) == 0
+    with browser.Browser(tmp_path / "profile") as page:
+        page.open(out)
+        for panel in ("firstElementChild", "lastElementChild"):  # the last one is of any other metric
+            lines = page.js(
+                f"[...document.getElementById('panels').{panel}.querySelectorAll('.line')]"
+                ".map(line => [line.getAttribute('class').trim(), getComputedStyle(line.firstChild).stroke])"
+            )
+            names, colours = zip(*lines, strict=True)
+            assert names == ("line thin", "line thin", "line thick", "line")
+            assert len({*colours[:3]}) == 1 < len({*colours})
+        assert page.errors == []
+
+
 def test_a_run_without_anything(tmp_path):
     folder = pages.make_run(tmp_path / "grpo_aggressive" / "lab" / "seed0")
     for name in ("metrics.jsonl", "eval.jsonl"):

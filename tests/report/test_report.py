@@ -1,4 +1,4 @@
-"""The report and the figures, from the files of a run."""
+"""The report of a run and the page of several, from the files of runs."""
 
 import gzip
 import json
@@ -6,21 +6,20 @@ import math
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import pages
-from open_r1_capo import report
 from open_r1_capo.report.__main__ import main
 from open_r1_capo.report.compare import main as compare
+from open_r1_capo.report.compare import mean_table
 from open_r1_capo.report.facts import time_breakdown, worst_steps
 from open_r1_capo.report.page import embed, fit_metrics
 from open_r1_capo.report.panels import MEAN, TAKEN, metric_columns
 from open_r1_capo.report.records import fit, read_records
-from open_r1_capo.runs.folder import RunFolder
-
-ROOT = Path(__file__).resolve().parents[2]
+from open_r1_capo.report.run import bounds
+from open_r1_capo.runs.run import Run
+from open_r1_capo.runs.summary import summarise, summary_lines
 
 
 def data_of(page):
@@ -50,7 +49,7 @@ def run_folder(tmp_path):
     (folder / "config.yaml").write_text("recipe: capo_aggressive\nscale: lab\nseed: 0\nenvironment: {}\n")
     settings = {"recipe": "capo_aggressive", "scale": "lab", "seed": 0}
     accuracy = {"accuracy": 0.2, "standard_error": 0.01, "n": 500}
-    summary = report.summarise(settings, RunFolder(folder).metrics(), accuracy, accuracy)
+    summary = summarise(settings, Run(folder).metrics(), accuracy, accuracy)
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -67,10 +66,10 @@ def test_summary(run_folder):
 
 def test_a_collapse_is_said(run_folder):
     summary = json.loads((run_folder / "summary.json").read_text())
-    assert "collapsed" not in "\n".join(report.summary_lines(RunFolder(run_folder)))
+    assert "collapsed" not in "\n".join(summary_lines(Run(run_folder)))
     summary["accuracy_after"]["accuracy"] = 0.01
     (run_folder / "summary.json").write_text(json.dumps(summary))
-    assert "the policy collapsed" in "\n".join(report.summary_lines(RunFolder(run_folder)))
+    assert "the policy collapsed" in "\n".join(summary_lines(Run(run_folder)))
 
 
 def test_report_again_with_evaluations(run_folder, capsys):
@@ -127,7 +126,7 @@ def test_a_run_without_a_reward_has_a_summary(run_folder):
     for name in ("step_scale", "scaled_frac"):
         del summary[name]
     (run_folder / "summary.json").write_text(json.dumps(summary))
-    assert "20 steps" in "\n".join(report.summary_lines(RunFolder(run_folder)))
+    assert "20 steps" in "\n".join(summary_lines(Run(run_folder)))
 
 
 def test_columns():
@@ -183,9 +182,9 @@ def test_runs_without_capo_or_cut_off(tmp_path, capsys):
 
 def test_no_runs_folder(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
-    assert "is no run's folder (no config.yaml of a run in it)" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
     assert main([str(tmp_path / "nothing")]) == 2
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "run folder not found" in capsys.readouterr().err
     assert main([]) == 2
 
 
@@ -197,7 +196,7 @@ def test_records_are_read_merged_and_ordered(tmp_path):
     short = pages.make_record(4)
     del short["completions"][2]["weight"][-1]
     pages.write_record(tmp_path, "step4", short)
-    records, notes = read_records(tmp_path, [])
+    records, notes = read_records(Run(tmp_path), [])
     assert [(r["step"], sorted(r["labels"])) for r in records] == [
         (1, ["first step"]), (7, ["largest measured KL", "most tokens rejected"])
     ]  # fmt: skip
@@ -209,7 +208,7 @@ def test_records_are_read_merged_and_ordered(tmp_path):
 def test_records_of_every_step_show_the_interesting_ones(tmp_path):
     for step in range(1, 13):
         pages.write_record(tmp_path, f"step{step}", pages.make_record(step, completions=1))
-    records, notes = read_records(tmp_path, [11, 12])
+    records, notes = read_records(Run(tmp_path), [11, 12])
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6, 11, 12]
     assert notes == ["12 records were kept; at most 8 of them are on this page."]
 
@@ -281,7 +280,7 @@ def test_compare(tmp_path, capsys):
         ([runs[0]], "name two run folders or more"),
         ([runs[0], runs[1], runs[0].parent / ".." / "lab" / "seed0"], "is named twice"),
         ([runs[0], runs[0]], "is named twice"),
-        ([runs[0], tmp_path / "nothing"], "there is no such folder"),
+        ([runs[0], tmp_path / "nothing"], "run folder not found"),
     ):
         assert compare(["--out", str(tmp_path / "no.html"), *map(str, names)]) == 2
         assert sentence in capsys.readouterr().err
@@ -293,20 +292,110 @@ def test_records_that_are_no_json(tmp_path):
     for name, content in (("step1", b"[1]"), ("step2", b"{"), ("step3", b'{"step": 1}'), ("step4", b"\xff")):
         with gzip.open(tmp_path / "tokens" / f"{name}.json.gz", "wb") as file:
             file.write(content)
-    records, notes = read_records(tmp_path, [])
+    records, notes = read_records(Run(tmp_path), [])
     assert records == []
     assert len(notes) == 4
 
 
-def test_figures(run_folder, tmp_path):
-    command = [sys.executable, str(ROOT / "eval" / "figures.py"), "--out", str(tmp_path / "out")]
-    (run_folder / "metrics.jsonl").write_text(
-        "".join(line + "\n" for line in (run_folder / "metrics.jsonl").read_text().splitlines()[:-1])
+def test_results_are_compared(run_folder, tmp_path):
+    """What a run ended with, and how far one is that has not ended."""
+    other = pages.make_run(tmp_path / "grpo_aggressive" / "lab" / "seed0", steps=10, planned=40)
+    assert compare(["--out", str(tmp_path / "compare.html"), str(run_folder), str(other)]) == 0
+    page = (tmp_path / "compare.html").read_text()
+    first, second = re.findall(r"<tr>.*?</tr>", page.split('id="worst"')[1].split("</section>")[0])[1:]
+    assert re.findall(r"<td>(.*?)</td>", first) == [
+        "20", "1,920", "0.18 → 0.1333", "0.2 → 0.2", "0.4", "–", "10.50% / 20.00%", "1.1e-02 / 2.0e-02", "1", "10"
+    ]  # fmt: skip
+    assert "capo_aggressive</th>" in first
+    assert re.findall(r"<td>(.*?)</td>", second)[3:6] == ["–", "–", "0.35 / 0.4"]
+    assert "grpo_aggressive: This run has not ended: it was at step 10 of 40" in page
+
+
+def test_seeds_of_one_recipe_are_a_group(tmp_path):
+    seeds = [pages.make_run(tmp_path / "capo_aggressive" / "lab" / f"seed{seed}", seed=seed) for seed in range(3)]
+    (seeds[2] / "metrics.jsonl").write_text("")  # has not finished a step
+    other = pages.make_run(tmp_path / "grpo_aggressive" / "lab" / "seed0", steps=30)
+    out = tmp_path / "compare.html"
+    assert compare(["--out", str(out), *map(str, (seeds[0], other, *seeds[1:]))]) == 0
+    page = out.read_text()
+    runs = data_of(page)["runs"]
+    assert [(run["label"], run["colour"], run["style"].strip()) for run in runs] == [
+        *((f"capo_aggressive · seed {seed}", 0, "thin") for seed in range(3)),
+        ("capo_aggressive, mean of 2 seeds", 0, "thick"),
+        ("grpo_aggressive · seed 0", 1, ""),
+    ]
+    assert '<th scope="col">capo_aggressive</th><th scope="col">grpo_aggressive</th>' in page
+    rewards = [run["metrics"].get("reward") for run in runs]
+    assert rewards[2] is None
+    assert rewards[3] == pytest.approx([(a + b) / 2 for a, b in zip(*rewards[:2], strict=True)], rel=1e-4)
+    assert '<th scope="row">seed</th><td>0, 1, 2</td><td>0</td>' in page
+    assert '<th scope="row">recipe</th><td>capo_aggressive</td><td>grpo_aggressive</td>' in page
+
+
+def test_the_mean_of_a_group_is_over_the_steps_that_all_seeds_have():
+    first = {"step": [1, 2, 3], "reward": [0.2, None, 0.6], "test_stderr": [0.1, 0.1, 0.1], "more": [1, 1, 1]}
+    second = {"step": [2, 3, 4], "reward": [0.4, 0.2, 0.9], "test_stderr": [0.1, 0.1, 0.1]}
+    assert mean_table([first, second]) == {"step": [2, 3], "reward": [None, pytest.approx(0.4)]}
+    assert mean_table([first, {}]) == mean_table([first, {"step": [4], "reward": [1]}]) == {}
+
+
+def test_runs_of_one_recipe_and_seed_are_told_apart_by_their_paths(tmp_path):
+    runs = [
+        pages.make_run(tmp_path / name / "capo_aggressive" / "lab" / "seed0", rate=rate)
+        for name, rate in (("slow", 1e-4), ("fast", 1e-2))
+    ]
+    assert compare(["--out", str(tmp_path / "compare.html"), *map(str, runs)]) == 0
+    page = (tmp_path / "compare.html").read_text()
+    assert [run["label"] for run in data_of(page)["runs"]] == [
+        f"{n}/capo_aggressive/lab/seed0" for n in ("slow", "fast")
+    ]
+
+
+def test_more_groups_than_colours_are_dashed(tmp_path):
+    runs = [pages.make_run(tmp_path / f"capo_aggressive,x={i}" / "lab" / "seed0", rate=1 / (i + 1)) for i in range(9)]
+    assert compare(["--out", str(tmp_path / "compare.html"), *map(str, runs)]) == 0
+    looks = [(run["colour"], run["style"]) for run in data_of((tmp_path / "compare.html").read_text())["runs"]]
+    assert len(set(looks)) == 9
+    assert looks[8] == (looks[0][0], "dashed")
+
+
+@pytest.mark.parametrize(
+    ("capo", "policy", "objective"),
+    [
+        ({"mode": "mask", "max_policy_shift": 1.0, "max_objective_shift": 0.1}, 1.0, [-0.1, 0.1]),
+        ({"mode": "scale", "max_policy_shift": 1e-5, "max_objective_shift": math.inf}, 1e-5, [None, None]),
+        ({"max_objective_shift": 0.1, "min_objective_shift": -math.inf}, None, [None, 0.1]),
+        ({"mode": "observe"}, None, [None, None]),
+        (None, None, [None, None]),
+    ],
+)
+def test_bounds_are_those_in_the_settings(capo, policy, objective):
+    assert bounds({"capo": capo}) == {"policy": policy, "objective": objective}
+
+
+def test_a_broken_line_in_the_middle_is_said(run_folder):
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    (run_folder / "metrics.jsonl").write_text("\n".join([*lines[:6], lines[6][:30], *lines[7:]]))
+    assert main([str(run_folder)]) == 0
+    page = (run_folder / "report.html").read_text()
+    assert "Line 7 of metrics.jsonl is broken" in page
+    assert data_of(page)["runs"][0]["metrics"]["step"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_page_that_cannot_be_written_is_one_sentence(run_folder, tmp_path, capsys):
+    other = pages.make_run(tmp_path / "grpo_aggressive" / "lab" / "seed0")
+    (run_folder / "report.html").mkdir()
+    no_folder = ["--out", str(run_folder / "config.yaml" / "compare.html"), str(run_folder), str(other)]
+    for command, arguments in ((main, [str(run_folder)]), (compare, no_folder)):
+        assert command(arguments) == 2
+        assert re.fullmatch(r"error: .* cannot be read or written \(.*\)\n", capsys.readouterr().err)
+
+
+def test_pages_are_made_without_torch():
+    """Nothing that takes seconds to import."""
+    heavy = "torch", "transformers", "trl", "datasets", "numpy", "hydra", "omegaconf"
+    program = (
+        f"import sys; from open_r1_capo.report import __main__, compare; print(sys.modules.keys() & {set(heavy)})"
     )
-    done = subprocess.run([*command, str(run_folder)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "| capo_aggressive (lab) | 1 | 0.200 | 0.400 | 0.200 | 10.50% | 20.00% | 2.0e-02 |" in done.stdout
-    assert (tmp_path / "out" / "runs.png").stat().st_size > 10_000
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "is not a run folder" in done.stderr
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -59,7 +59,7 @@ def test_of_two_that_start_at_once_one_goes_on(path, monkeypatch):
     monkeypatch.setattr(run_folder, "environment", slow)
     with pytest.raises(RunFolderError, match="another process is training in"):
         RunFolder(path).claim(SETTINGS, False).__enter__()
-    assert first.config.is_file()
+    assert first.config_file.is_file()
     assert [path.name for path in path.parent.iterdir()] == ["seed0"]
     with pytest.raises(RunFolderError, match="another process is training in"):
         RunFolder(path).claim(SETTINGS, False).__enter__()

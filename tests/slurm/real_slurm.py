@@ -168,11 +168,14 @@ def test_a_sweep_of_three_seeds(slurm, checkout, run, lab_policy):
     (checkout / "recipes" / "experiments" / "three.yaml").write_text(yaml.safe_dump(experiment))
     common = dict(item.split("=") for item in SMALL.split()) | {"model_name_or_path": str(lab_policy)}
     del common["learning_rate"]
-    (checkout / "recipes" / "experiments" / "common.yaml").write_text(yaml.safe_dump({"lab": common}))
-    launcher = ["--launcher", "submitit_slurm", "hydra.launcher.timeout_min=30", "hydra.launcher.cpus_per_task=1"]
-    command = [".venv/bin/python", "-m", "open_r1_capo.experiments.sweep", "three", "--scale", "lab", *launcher]
+    (checkout / "recipes" / "experiments" / "common.yaml").write_text(yaml.safe_dump({"scales": {"lab": common}}))
+    command = [".venv/bin/python", "-m", "open_r1_capo.experiments.sweep", "three", "--scale", "lab", "--slurm"]
     told = run(*command)
     assert "3 of 3 runs done" in told
+    logs = list((checkout / "outputs" / "experiments" / ".sweeps").glob("*.log"))
+    jobs = [re.search(r"Submitted batch job (\d+)", path.read_text())[1] for path in logs]
+    assert len(set(jobs)) == 3
+    assert not any(cluster.queue(slurm, int(job)) for job in jobs)
     found = sorted(path.parent for path in (checkout / "outputs" / "experiments").glob("grpo*/lab/seed*/summary.json"))
     assert [path.name for path in found] == ["seed0", "seed1", "seed2"], told
     assert all(len(steps(path)) == 2 for path in found)

@@ -7,7 +7,6 @@ import itertools
 import math
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -16,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from open_r1_capo import grpo
+from open_r1_capo.cluster.vllm import free_port
 from open_r1_capo.runs.checkpoints import newest_complete
-from open_r1_capo.training.generation import adapter, backend, choice, serve
+from open_r1_capo.training.generation import adapter, backend, choice
 from open_r1_capo.training.generation.backend import GenerationError, Sampling, Unavailable, retry
 from open_r1_capo.training.generation.colocate import WORKER, VLLMChild
 from open_r1_capo.training.generation.server import VLLMServers
@@ -259,53 +259,6 @@ def test_the_backend_follows_the_recipe_and_the_machine(settings, tmp_path, tiny
     assert choice.backend_for(settings, str(tiny_policy), tmp_path).engine["dtype"] == "float32"
     settings.use_vllm = False
     assert choice.backend_for(settings, "m", tmp_path) is None
-
-
-def test_no_vllm_on_this_machine(monkeypatch, tmp_path):
-    monkeypatch.setattr(choice, "VLLM_PYTHON", tmp_path / "bin" / "python")
-    with pytest.raises(GenerationError, match=r"no vLLM in .venv-vllm: make serve installs it"):
-        choice.vllm_python()
-
-
-def test_serve_refuses(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(serve, "gpu_memory", list)
-
-    def refused(*arguments):
-        assert serve.main(["--model", str(tmp_path), *arguments]) == 2
-        return capsys.readouterr().err
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        assert "Address already in use): set PORT=" in refused("--port", str(taken.getsockname()[1]))
-    assert "TP × DP is 4, but this machine has 0 GPUs" in refused("--tp", "2", "--dp", "2")
-    assert "TP and DP must be at least 1" in refused("--tp", "0")
-    assert "PORT must be between" in refused("--port", "70000")
-    monkeypatch.setattr(serve, "vllm_python", lambda: Path("/python"))
-    assert f"the model {tmp_path} cannot be loaded" in refused("--port", str(free_port()))
-
-
-def test_serve_starts_a_server_that_takes_weights(tiny_policy, monkeypatch):
-    started = []
-    monkeypatch.setattr(serve, "gpu_memory", list)
-    monkeypatch.setattr(serve, "vllm_python", lambda: Path("/python"))
-    monkeypatch.setattr(serve.os, "execve", lambda *call: started.append(call))
-    port = str(free_port())
-    serve.main(["--model", str(tiny_policy), "--port", port, "--host", "127.0.0.1"])
-    ((python, words, environment),) = started
-    assert (str(python), words[words.index("--port") + 1]) == ("/python", port)
-    assert words[words.index("--logprobs-mode") + 1] == "processed_logprobs"
-    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
-    options = argparse.Namespace(port=1, host="h", tp=2, dp=1)
-    words = serve.serve_command("python", tiny_policy, options, [1 << 40] * 2)
-    assert words[words.index("--tensor-parallel-size") + 1] == "2"
-    assert words[words.index("--data-parallel-size") + 1] == "1"
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------

@@ -1,18 +1,15 @@
-"""A model as the planner sees it: the sizes of its matrices, and what follows from them."""
+"""Model shapes: the sizes of a model's matrices, and what follows from them."""
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from open_r1_capo.runs.exit import UserError
-
-
-class PlanError(UserError, ValueError):
-    """A plan that cannot be made; the message is one sentence for the user."""
+from open_r1_capo.capacity import CapacityError
+from open_r1_capo.tasks.source import policy_source
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,6 @@ class ModelShape:
         tied: the LM head is the embedding.
         qkv_bias: query, key and value have biases (Qwen2).
         qk_norm: query and key are normalised (Qwen3).
-        source: where the numbers come from.
     """
 
     name: str
@@ -45,7 +41,6 @@ class ModelShape:
     tied: bool = False
     qkv_bias: bool = True
     qk_norm: bool = False
-    source: str = ""
 
     @property
     def queries(self) -> int:
@@ -82,12 +77,11 @@ class ModelShape:
 def _qwen(size: str, layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int) -> ModelShape:
     """A Qwen2.5: up to 3B the head is tied; from 7B on the vocabulary is padded further."""
     small = size in ("0.5b", "1.5b", "3b")
-    vocabulary, source = 151936 if small else 152064, "Qwen2.5 technical report (arXiv 2412.15115), config.json"
-    sizes = (layers, hidden, intermediate, heads, kv_heads, hidden // heads, vocabulary)
-    return ModelShape(f"Qwen2.5-{size.upper()}", *sizes, tied=small, source=source)
+    sizes = (layers, hidden, intermediate, heads, kv_heads, hidden // heads, 151936 if small else 152064)
+    return ModelShape(f"Qwen2.5-{size.upper()}", *sizes, tied=small)
 
 
-# Qwen2.5-Math (arXiv 2409.12122) has the shapes of Qwen2.5
+# Qwen2.5 technical report (arXiv 2412.15115) and config.json; Qwen2.5-Math (arXiv 2409.12122) has the same shapes
 KNOWN = {
     "0.5b": _qwen("0.5b", 24, 896, 4864, 14, 2),
     "1.5b": _qwen("1.5b", 28, 1536, 8960, 12, 2),
@@ -96,7 +90,7 @@ KNOWN = {
     "14b": _qwen("14b", 48, 5120, 13824, 40, 8),
     "32b": _qwen("32b", 64, 5120, 27648, 40, 8),
 }
-FAMILY = {  # model_type: (biases of q, k and v; norms of q and k; a tied head where config.json does not say)
+FAMILY = {  # model_type: (biases of q, k and v; norms of q and k; a tied head where the config does not say)
     "qwen2": (True, False, False),
     "qwen3": (False, True, False),
     "llama": (False, False, False),
@@ -104,55 +98,47 @@ FAMILY = {  # model_type: (biases of q, k and v; norms of q and k; a tied head w
 }
 
 
-def find_shape(model: str) -> ModelShape:
-    """The shape of a model by its folder's config.json, or by its name.
+def find_shape(model: str, settings: Any = None) -> ModelShape:
+    """The shape of a policy, by its config or by its name.
 
     Args:
-        model: a local folder, or a hub id such as `Qwen/Qwen2.5-Math-7B`.
+        model: `model_name_or_path`.
+        settings: the recipe's settings of that policy, see `tasks.source.PolicySource.config`.
 
     Returns:
         The shape.
 
     Raises:
-        PlanError: a folder without config.json, an architecture that the formulas do not describe, or an unknown name.
+        CapacityError: a folder without a usable config.json, an architecture that the formulas do not describe, or an
+            unknown name.
     """
-    folder = Path(model)
-    if folder.is_dir():
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            return from_config(config, folder.name)
-        except FileNotFoundError:
-            raise PlanError(
-                f"{model} has no config.json, which says the model's shape: name a model's folder"
-            ) from None
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise PlanError(f"{model}/config.json does not say the model's shape ({error!r}): mend the file") from None
-    match = re.fullmatch(r"qwen2\.5-(?:math-|coder-)?([\d.]+b)(?:-instruct)?", folder.name.lower())
-    if match and match.group(1) in KNOWN:
-        return KNOWN[match.group(1)]
+    name = Path(model).name
+    try:
+        config = policy_source(model).config(model, settings)
+        if config is not None:
+            return from_config(config, name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CapacityError(f"{model}/config.json does not say the model's shape ({error!r}): mend the file") from None
+    if Path(model).is_dir():
+        raise CapacityError(f"{model} has no config.json, which says the model's shape: name a model's folder")
+    match = re.fullmatch(r"qwen2\.5-(?:math-|coder-)?([\d.]+b)(?:-instruct)?", name.lower())
+    if match and match[1] in KNOWN:
+        return KNOWN[match[1]]
     known = ", ".join(shape.name for shape in KNOWN.values())
-    raise PlanError(f"the shape of {model} is not known here ({known} are): set model_name_or_path=<local folder>")
+    raise CapacityError(f"the shape of {model} is not known here ({known} are): set model_name_or_path=<local folder>")
 
 
-def from_config(config: dict[str, Any], name: str) -> ModelShape:
-    """The shape that a Hugging Face config.json describes.
-
-    Args:
-        config: its contents.
-        name: for the table.
-
-    Returns:
-        The shape.
+def from_config(config: Mapping[str, Any], name: str) -> ModelShape:
+    """The shape that a Hugging Face config describes.
 
     Raises:
-        PlanError: an architecture that the formulas do not describe.
+        CapacityError: an architecture that the formulas do not describe.
         KeyError: a size is missing.
     """
     kind = config.get("model_type")
     if kind not in FAMILY:
-        raise PlanError(
-            f"the planner knows the architectures {', '.join(FAMILY)}, and {name} is {kind!r}: choose another"
-        )
+        known = ", ".join(FAMILY)
+        raise CapacityError(f"the formulas know the architectures {known}, and {name} is {kind!r}: choose another")
     bias, norm, tied = FAMILY[kind]
     heads = config["num_attention_heads"]
     return ModelShape(
@@ -167,5 +153,4 @@ def from_config(config: dict[str, Any], name: str) -> ModelShape:
         tied=config.get("tie_word_embeddings", tied),
         qkv_bias=bias,
         qk_norm=norm,
-        source="config.json",
     )

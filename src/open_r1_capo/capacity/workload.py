@@ -1,18 +1,17 @@
-"""What a recipe asks of each process: its settings as the numbers that the formulas need."""
+"""Workloads: a recipe's settings as the numbers that the memory formulas need."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
 
-from open_r1_capo.capacity.shapes import ModelShape, PlanError, find_shape
-from open_r1_capo.settings.recipes import compose_recipe
-from open_r1_capo.settings.run import TRL_FIELDS, ConfigError, RunConfig
-from open_r1_capo.training.build import build
+from open_r1_capo.capacity import CapacityError
+from open_r1_capo.capacity.shapes import ModelShape, find_shape
+from open_r1_capo.settings.batch import ACCUMULATION, MICRO, largest_micro_batch
+from open_r1_capo.settings.run import read as read_settings
+from open_r1_capo.tasks.source import problem_source
 
 ACCELERATORS = ("zero2", "zero3", "ddp", "fsdp")
-BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
-LAB_PROMPT = 16  # tokens of a lab problem with its template
 ROWS_SEEN = (2048, 5000)  # tokens and their distinct support ids in the benchmark of the curvature engine
 
 
@@ -28,10 +27,8 @@ class Workload:
         servers: GPUs that only generate.
         micro_batch: sequences of one forward pass of a rank.
         accumulation: forward passes of an optimizer step.
-        prompt_limit: longest prompt, in tokens; what memory is planned for.
-        completion_limit: longest completion, likewise.
-        prompt_tokens: length that the prompts of a micro-batch are padded to; what time is planned for.
-        completion_tokens: length of the completions, likewise.
+        prompt_limit: longest prompt, in tokens.
+        completion_limit: longest completion, in tokens.
         checkpointing: activations are computed again in the backward pass.
         accelerator: zero2, zero3, ddp or fsdp.
         generation: transformers, vllm_colocate or vllm_server.
@@ -40,11 +37,9 @@ class Workload:
         sleeps: that engine leaves the memory while the policy trains.
         element: bytes of a weight in the forward pass: 2 in bfloat16, 4 in float32.
         rollouts: sequences of a rank that are generated at once.
-        passes: optimizer steps on the same completions; above 1 the old policy's probabilities cost a forward pass.
         capo: CAPO judges tokens (any mode but off).
         adam: its optimizer model is Adam, which has moments.
         support: K, ids of a token's support.
-        measured: share of the sequences on which the true KL is measured.
         steps: optimizer steps of a run.
         save_every: of them, between two checkpoints.
     """
@@ -58,8 +53,6 @@ class Workload:
     accumulation: int
     prompt_limit: int
     completion_limit: int
-    prompt_tokens: int
-    completion_tokens: int
     checkpointing: bool
     accelerator: str
     generation: str
@@ -68,11 +61,9 @@ class Workload:
     sleeps: bool
     element: int
     rollouts: int
-    passes: int
     capo: bool
     adam: bool
     support: int
-    measured: float
     steps: int
     save_every: int
 
@@ -87,14 +78,14 @@ class Workload:
         return self.sequences * self.ranks
 
     @property
-    def generations(self) -> float:
-        """How often completions are generated in an optimizer step: 1, or less where they serve several steps."""
-        return self.sequences / self.rollouts / self.passes
-
-    @property
     def gpus(self) -> int:
         """GPUs in use, servers included."""
         return self.ranks + self.servers
+
+    @property
+    def checkpoints(self) -> int:
+        """How many a run writes."""
+        return self.steps // self.save_every
 
     @property
     def rows(self) -> int:
@@ -103,11 +94,11 @@ class Workload:
         Heaps' law with exponent ½, through the benchmark's 5000 rows of 2048 tokens; at most V.
         """
         tokens, rows = ROWS_SEEN
-        return min(self.shape.vocabulary, round(rows * (self.completions * self.completion_tokens / tokens) ** 0.5))
+        return min(self.shape.vocabulary, round(rows * (self.completions * self.completion_limit / tokens) ** 0.5))
 
-    def split(self, micro_batch: int) -> Workload:
+    def with_micro_batch(self, size: int) -> Workload:
         """The same completions in micro-batches of another size, which must divide those of a rank."""
-        return replace(self, micro_batch=micro_batch, accumulation=self.sequences // micro_batch)
+        return replace(self, micro_batch=size, accumulation=self.sequences // size)
 
     def on(self, ranks: int, **changes: Any) -> Workload:
         """The same completions on so many ranks, each in one micro-batch; `ranks` must divide the completions."""
@@ -118,158 +109,89 @@ class Workload:
 
 @dataclass(frozen=True)
 class Machines:
-    """What is asked for on the command line.
+    """The GPUs that are asked for.
 
     Attributes:
         gpus: of each node.
         nodes: machines.
         accelerator: of `ACCELERATORS`; with one GPU or on the CPU nothing is sharded.
-        generation: of `recipes/generation`, or None for the recipe's.
         server_gpus: that only generate, under vllm_server; None is one, or the last node of several.
-        prompt_tokens: length of a prompt; None is 256, or the recipe's limit if that is less.
-        completion_tokens: length of a completion; None is the recipe's limit.
         cpu: the trainer runs on the CPU.
     """
 
     gpus: int = 4
     nodes: int = 1
     accelerator: str = "zero2"
-    generation: str | None = None
     server_gpus: int | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
     cpu: bool = False
 
 
-def read(recipe: str, overrides: list[str], machines: Machines) -> Workload:
-    """Compose a recipe and read off what it asks for.
-
-    Args:
-        recipe: its name.
-        overrides: `key=value`, the scale among them.
-        machines: what it shall run on.
-
-    Returns:
-        The workload.
+def read(settings: dict[str, Any], machines: Machines) -> Workload:
+    """Read off a composed recipe what it asks for.
 
     Raises:
-        PlanError: a batch that cannot be split over the GPUs, a model of unknown shape, or no such choice.
-        ConfigError: as training the recipe would.
+        CapacityError: a model of unknown shape, or machines that cannot be used.
+        ConfigError: as training the recipe would, the batch that cannot be split over the GPUs included.
     """
-    chosen = [f"generation={machines.generation}"] if machines.generation else []
-    settings = compose_recipe(recipe, [*overrides, *chosen])
-    mode = settings.get("vllm_mode", TRL_FIELDS["vllm_mode"].default)
-    generation = f"vllm_{mode}" if settings.get("use_vllm") else "transformers"
     if machines.accelerator not in ACCELERATORS:
-        raise PlanError(f"ACCELERATOR must be one of {', '.join(ACCELERATORS)}, got {machines.accelerator!r}")
-    ranks, servers = _ranks(machines, generation)
-    micro_batch, accumulation = split(settings, ranks)
-    # the ranges are checked as in training, but in one process on a CPU: that needs neither GPUs nor a launcher
-    alone = {key: value for key, value in settings.items() if key != "per_device_train_batch_size"}
-    alone |= {"gradient_accumulation_steps": accumulation, "needs_gpu": False, "use_cpu": True, "bf16": False}
-    run, args = build(alone)
-    shape = _lab_shape(run) if run.model_name_or_path == "lab" else find_shape(run.model_name_or_path)
-    prompt_limit = run.data.max_prompt_tokens or 512
+        raise CapacityError(f"ACCELERATOR must be one of {', '.join(ACCELERATORS)}, got {machines.accelerator!r}")
+    mode = settings.get("vllm_mode", "colocate")  # TRL's default
+    generation = f"vllm_{mode}" if settings.get("use_vllm") else "transformers"
+    ranks, servers = _split_gpus(machines, generation)
+    _check_micro_batch(settings, ranks)
+    run, trl = read_settings(settings, ranks)
+    shape = find_shape(run.model_name_or_path, run.policy_settings)
+    prompts = problem_source(run.data.name, run.data.path)
     return Workload(
-        title=f"{recipe} on {run.scale}",
+        title=f"{run.recipe} on {run.scale}",
         shape=shape,
         nodes=machines.nodes,
         ranks=ranks,
         servers=servers,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        prompt_limit=LAB_PROMPT if run.data.name == "lab" else prompt_limit,
-        completion_limit=args.max_completion_length,
-        prompt_tokens=machines.prompt_tokens or (LAB_PROMPT if run.data.name == "lab" else min(256, prompt_limit)),
-        completion_tokens=min(machines.completion_tokens or args.max_completion_length, args.max_completion_length),
-        checkpointing=args.gradient_checkpointing,
+        micro_batch=trl[MICRO],
+        accumulation=trl[ACCUMULATION],
+        prompt_limit=prompts.longest_prompt or run.data.max_prompt_tokens or 512,
+        completion_limit=trl["max_completion_length"],
+        checkpointing=trl["gradient_checkpointing"],
         accelerator=machines.accelerator,
         generation=generation,
-        tensor_parallel=args.vllm_tensor_parallel_size,
-        engine_share=args.vllm_gpu_memory_utilization,
-        sleeps=args.vllm_enable_sleep_mode,
+        tensor_parallel=trl["vllm_tensor_parallel_size"],
+        engine_share=trl["vllm_gpu_memory_utilization"],
+        sleeps=trl["vllm_enable_sleep_mode"],
         element=2 if settings.get("bf16") and not machines.cpu else 4,
-        rollouts=micro_batch * args.steps_per_generation,
-        passes=args.num_iterations,
-        capo=run.capo.mode != "off",
+        rollouts=trl[MICRO] * (trl["steps_per_generation"] or trl[ACCUMULATION]),
+        capo=run.capo.on,
         adam=run.capo.optimizer_model == "adam",
         support=min(run.capo.top_k + 1, shape.vocabulary),
-        measured=run.capo.measure_kl,
-        steps=args.max_steps,
-        save_every=round(args.save_steps) or 1,
+        steps=trl["max_steps"],
+        save_every=round(trl["save_steps"]) or 1,
     )
 
 
-def split(settings: dict[str, Any], ranks: int) -> tuple[int, int]:
-    """Micro-batch and accumulation of each rank.
-
-    Args:
-        settings: of the recipe: the completions of a step, and either of the two.
-        ranks: processes.
-
-    Returns:
-        Sequences of a forward pass, and forward passes.
-
-    Raises:
-        PlanError: they do not multiply to the completions; says which counts would.
-    """
-    for name in ("completions_per_step", *BATCH_KEYS):
-        value = settings.get(name, 1)
-        if not isinstance(value, int) or value < 1:
-            raise PlanError(f"{name} must be a whole number above 0, got {value!r}")
-    completions = settings["completions_per_step"]
-    if completions % ranks:
-        fitting = [n for n in range(1, 4 * ranks + 1) if completions % n == 0]
-        near = ", ".join(map(str, sorted(sorted(fitting, key=lambda n: abs(n - ranks))[:4])))
-        raise PlanError(
-            f"{completions} completions a step cannot be shared by {ranks} training GPUs: choose GPUS and NODES that "
-            f"give {near}, or another completions_per_step"
-        )
-    mine = completions // ranks
-    micro_batch, accumulation = (settings.get(key) for key in BATCH_KEYS)
-    micro_batch = micro_batch or (mine if not accumulation else max(1, mine // accumulation))
-    if mine % micro_batch or (accumulation and micro_batch * accumulation != mine):
-        best = max(n for n in range(1, min(micro_batch, mine) + 1) if mine % n == 0)
-        raise PlanError(
-            f"each of {ranks} training GPUs has {mine} completions a step, which micro-batches of {micro_batch} do "
-            f'not make up: set ARGS="per_device_train_batch_size={best}"'
-        )
-    return micro_batch, mine // micro_batch
+def _check_micro_batch(settings: dict[str, Any], ranks: int) -> None:
+    """Refuse a micro-batch that does not divide a rank's completions, and name one that does."""
+    completions, given = settings.get("completions_per_step"), settings.get(MICRO)
+    if isinstance(completions, int) and isinstance(given, int) and min(completions, given) > 0:
+        best = largest_micro_batch(completions, ranks, given)
+        if best != given:
+            raise CapacityError(
+                f"each of {ranks} training GPUs has {completions // ranks} completions a step, which micro-batches of "
+                f'{given} do not make up: set ARGS="{MICRO}={best}"'
+            )
 
 
-def _ranks(machines: Machines, generation: str) -> tuple[int, int]:
-    """Training and serving GPUs.
-
-    Args:
-        machines: asked for.
-        generation: of the recipe.
-
-    Returns:
-        Their numbers.
+def _split_gpus(machines: Machines, generation: str) -> tuple[int, int]:
+    """Numbers of training and of serving GPUs.
 
     Raises:
-        PlanError: none of one kind would be left.
+        CapacityError: none of one kind would be left.
     """
-    for name, value in {"GPUS": machines.gpus, "NODES": machines.nodes}.items():
-        if value < 1:
-            raise PlanError(f"{name} must be at least 1, got {value}")
     total = machines.gpus * machines.nodes
     if generation != "vllm_server":
         return total, 0
     servers = machines.server_gpus or (machines.gpus if machines.nodes > 1 else 1)
-    if not 1 <= servers < total:
-        raise PlanError(f"SERVER_GPUS must be 1 to {total - 1} of the {total} GPUs, got {servers}: set another number")
+    if servers >= total:
+        raise CapacityError(
+            f"SERVER_GPUS must be 1 to {total - 1} of the {total} GPUs, got {servers}: set another number"
+        )
     return total - servers, servers
-
-
-def _lab_shape(run: RunConfig) -> ModelShape:
-    """The lab policy's, whose vocabulary is that of its tokenizer."""
-    from open_r1_capo.tasks.lab.tokenizer import build_tokenizer
-
-    lab = run.lab
-    vocabulary = len(build_tokenizer(lab.max_length, lab.mixture.filler_tokens))
-    sizes = (lab.layers, lab.hidden_size, lab.intermediate_size, lab.heads, lab.kv_heads, lab.hidden_size // lab.heads)
-    return ModelShape("lab policy", *sizes, vocabulary, source="its settings")
-
-
-__all__ = ["ACCELERATORS", "ConfigError", "Machines", "Workload", "read", "split"]

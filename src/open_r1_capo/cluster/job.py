@@ -8,21 +8,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from open_r1_capo.cluster.vllm import tail
 from open_r1_capo.runs.exit import PREEMPTED, SIGNALS
 
 LOGS = Path("outputs/slurm")
-LOG_LINES = 15  # of a server that has ended
 REPEAT = 30.0  # seconds until an unheeded signal is sent once more
 GRACE = 120.0  # seconds in which a trainer whose server has gone may end by itself
 
 
 @dataclass(frozen=True)
-class Step:
+class SrunStep:
     """One srun of a job.
 
     Attributes:
@@ -31,7 +30,7 @@ class Step:
         gpus: on each node; 0 for the CPU.
         cpus: on each node; None leaves them to Slurm.
         command: what each task runs.
-        environment: what it needs beside the job's.
+        environment: variables beside the job's.
     """
 
     name: str
@@ -58,7 +57,7 @@ class Step:
         return " ".join([*settings, shlex.join(self.srun())])
 
 
-def run_job(steps: Sequence[Step], job: int) -> int:
+def run_job(steps: Sequence[SrunStep], job: int) -> int:
     """Run a job's steps until the trainer ends, or without one until a server does.
 
     Args:
@@ -68,13 +67,13 @@ def run_job(steps: Sequence[Step], job: int) -> int:
     Returns:
         The exit code of the trainer; 1 if a server ended before it.
     """
-    asked: list[int] = []
+    signals: list[int] = []
     for number in SIGNALS:
-        signal.signal(number, lambda sign, frame: asked.append(sign))
+        signal.signal(number, lambda sign, frame: signals.append(sign))
     servers = [step for step in steps if step.name != "trainer"]
     running = {step.name: start(step, job if step in servers else None) for step in steps}
     try:
-        code = _wait(running, asked, job) if len(servers) < len(steps) else _serve(running, asked)
+        code = _wait(running, signals, job) if len(servers) < len(steps) else _serve(running, signals)
     finally:
         for process in running.values():
             if process.poll() is None:
@@ -84,16 +83,8 @@ def run_job(steps: Sequence[Step], job: int) -> int:
     return requeue(job, code) if code == PREEMPTED else code
 
 
-def start(step: Step, job: int | None) -> subprocess.Popen:
-    """Start a step.
-
-    Args:
-        step: to start.
-        job: puts its output into a log of its own; None leaves it in the job's.
-
-    Returns:
-        The running srun.
-    """
+def start(step: SrunStep, job: int | None) -> subprocess.Popen:
+    """Start a step; with the number of a job its output goes into a log of its own, otherwise into the job's."""
     print(step.line(), flush=True)
     log = None
     if job is not None:
@@ -108,54 +99,42 @@ def log_of(name: str, job: int) -> Path:
     return LOGS / f"{name}-{job}.log"
 
 
-def _wait(running: Mapping[str, subprocess.Popen], asked: list[int], job: int) -> int:
+def _wait(running: Mapping[str, subprocess.Popen], signals: list[int], job: int) -> int:
     """Wait for the trainer, and pass on every signal until it is heeded."""
     trainer = running["trainer"]
-    sent, gone = 0.0, None
+    sent, server_ended = 0.0, None
     while trainer.poll() is None:
         now = time.monotonic()
-        if asked and now - sent > REPEAT:
+        if signals and now - sent > REPEAT:
             # SIGUSR1 whatever came: srun passes it on, but takes SIGTERM as the order to kill its tasks at once
             trainer.send_signal(signal.SIGUSR1)
             sent = now
         ended = [name for name, process in running.items() if process is not trainer and process.poll() is not None]
-        if ended and gone is None:
-            gone = now
-            _tell_end(ended[0], running[ended[0]].returncode, job)
-        if gone is not None and now - gone > GRACE:
+        if ended and server_ended is None:
+            server_ended = now
+            name, log = ended[0], log_of(ended[0], job)
+            what = f"the {name} has ended with code {running[name].returncode}"
+            print(f"error: {what}; the last lines of {log}:\n{tail(log)}", file=sys.stderr, flush=True)
+        if server_ended is not None and now - server_ended > GRACE:
             break
         time.sleep(0.2)
     code = trainer.poll()
-    if code is None or (gone is not None and code not in (0, PREEMPTED)):
+    if code is None or (server_ended is not None and code not in (0, PREEMPTED)):
         return 1
     return code if code >= 0 else 128 - code
 
 
-def _serve(running: Mapping[str, subprocess.Popen], asked: list[int]) -> int:
+def _serve(running: Mapping[str, subprocess.Popen], signals: list[int]) -> int:
     """Wait until a server ends or is told to."""
-    while not asked:
-        for process in running.values():
-            if process.poll() is not None:
-                return 1
+    while not signals:
+        if any(process.poll() is not None for process in running.values()):
+            return 1
         time.sleep(0.2)
     return 0
 
 
-def _tell_end(name: str, code: int, job: int) -> None:
-    path = log_of(name, job)
-    with path.open(errors="replace") as file:
-        last = "".join(deque(file, LOG_LINES))
-    print(
-        f"error: the {name} has ended with code {code}; the last lines of {path}:\n{last}", file=sys.stderr, flush=True
-    )
-
-
 def requeue(job: int, code: int) -> int:
     """Put a job that was stopped at a checkpoint back into the queue, unless somebody cancels it.
-
-    Args:
-        job: Slurm's number.
-        code: of the trainer.
 
     Returns:
         `code`; Slurm ends this process when the job is requeued.

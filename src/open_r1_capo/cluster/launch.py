@@ -1,8 +1,7 @@
-"""What a Slurm job runs: options and the job's nodes become srun commands, the trainer's and its vLLM server's.
+"""slurm/train.slurm's command line: submits a job, and within it runs the trainer's and the server's steps.
 
     python -m open_r1_capo.cluster.launch --recipe capo_aggressive --scale qwen2.5-math-7b --nodes 2 --dry-run
 
-slurm/train.slurm calls it. Within a job it runs the commands (`cluster.job`); outside it hands the job to sbatch.
 Exit codes: those of the training; 2 where the options cannot be used, before a node is taken.
 """
 
@@ -18,11 +17,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
+from open_r1_capo.cluster.allocation import PORTS, Allocation, LaunchError, LaunchOptions, resolve
 from open_r1_capo.cluster.job import LOGS, run_job
-from open_r1_capo.cluster.layout import PORTS, LaunchError, Place, resolve
+from open_r1_capo.runs.exit import run_cli
 from open_r1_capo.settings.recipes import RECIPES, known_recipes
-from open_r1_capo.settings.run import ConfigError
 
 ACCELERATORS = tuple(sorted(path.stem for path in (RECIPES / "accelerate_configs").glob("*.yaml")))
 GENERATIONS = tuple(sorted(path.stem for path in (RECIPES / "generation").glob("*.yaml")))
@@ -31,22 +31,15 @@ TRAIN_SCRIPT, SERVE_SCRIPT = "slurm/train.slurm", "slurm/serve.slurm"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one sentence."""
+    """Says what is wrong in one sentence."""
 
     def error(self, message: str) -> None:
-        """Refuse the command line.
-
-        Args:
-            message: why.
-
-        Raises:
-            LaunchError: always.
-        """
+        """Raise LaunchError instead of printing the usage."""
         raise LaunchError(f"{message} (--help lists the options)")
 
 
 def parser() -> Parser:
-    """The options of slurm/train.slurm."""
+    """The options of slurm/train.slurm: those of `LaunchOptions` and of the job."""
     one = Parser(prog="slurm/train.slurm", description="Train a recipe by Slurm: submits itself, or runs in its job.")
     one.add_argument("--recipe", default="capo_aggressive", metavar="NAME", help=f"of {', '.join(known_recipes())}")
     one.add_argument("--scale", default="qwen2.5-math-7b", metavar="NAME", help="of recipes/scale/")
@@ -62,48 +55,42 @@ def parser() -> Parser:
     one.add_argument("--dp", type=_positive, help="copies of it; by default as many as fit the server's GPUs")
     one.add_argument("--args", default="", metavar='"KEY=VALUE …"', help="overrides of the recipe")
     one.add_argument("--serve", action="store_true", help="run the server alone, on all of the job's GPUs")
+    one.add_argument(
+        "--wait", action="store_true", help="when submitting: return when the job ends, with its exit code"
+    )
     one.add_argument("--dry-run", action="store_true", help="print the resolved commands")
     return one
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Resolve the options, and print, submit or run what they say.
+    """Resolve the options, and print, submit or run what they say; returns the exit code."""
+    return run_cli(lambda: command(list(sys.argv[1:] if argv is None else argv)))
 
-    Args:
-        argv: arguments; None takes the process's.
 
-    Returns:
-        The exit code.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        options = parser().parse_args(argv)
-        job = os.environ.get("SLURM_JOB_ID")
-        seed = seed_of(options.seed, os.environ)
-        place = slurm_place(options, os.environ) if job else planned_place(options)
-        steps = resolve(options, place, seed)
-        submit = submission(options, argv, place.gpus if any(step.gpus for step in steps) else 0)
-        if options.dry_run:
-            print("\n".join([*([] if job else [shlex.join(submit)]), *(step.line() for step in steps)]))
-            return 0
-        if not job:
-            return _submit(submit)
-        os.environ.setdefault("WANDB_MODE", "offline")  # compute nodes seldom reach the network; site.sh may say so
-        return run_job(steps, int(job))
-    except (LaunchError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def command(argv: list[str]) -> int:
+    """As `main`, with a user's mistake as an exception."""
+    asked = parser().parse_args(argv)
+    job = os.environ.get("SLURM_JOB_ID")
+    seed = seed_of(asked.seed, os.environ)
+    allocation = slurm_allocation(asked, os.environ) if job else assumed_allocation(asked)
+    options = LaunchOptions(**{one.name: getattr(asked, one.name) for one in fields(LaunchOptions)})
+    steps = resolve(options, allocation, seed)
+    submit = submission(asked, argv, allocation.gpus if any(step.gpus for step in steps) else 0)
+    if asked.dry_run:
+        print("\n".join([*([] if job else [shlex.join(submit)]), *(step.line() for step in steps)]))
+        return 0
+    if not job:
+        return _submit(submit)
+    os.environ.setdefault("WANDB_MODE", "offline")  # compute nodes seldom reach the network; site.sh may say so
+    return run_job(steps, int(job))
 
 
 def seed_of(wanted: str | None, environ: Mapping[str, str]) -> int:
     """The run's seed: the option's, or in an array job the task's number.
 
     Args:
-        wanted: the option's text, a number or an array such as `0-4`.
+        wanted: a number, or an array such as `0-4` whose first seed counts until it is submitted.
         environ: of the process.
-
-    Returns:
-        The seed; of an array that is still to be submitted, its first.
 
     Raises:
         LaunchError: it is no number.
@@ -119,49 +106,39 @@ def seed_of(wanted: str | None, environ: Mapping[str, str]) -> int:
     return int(re.split("[-,]", wanted or "0")[0])
 
 
-def slurm_place(options: argparse.Namespace, environ: Mapping[str, str]) -> Place:
-    """The nodes of the running job.
-
-    Args:
-        options: of `parser`.
-        environ: Slurm's variables.
-
-    Returns:
-        As many nodes and GPUs as the options ask for, by default all.
+def slurm_allocation(asked: argparse.Namespace, environ: Mapping[str, str]) -> Allocation:
+    """The running job's nodes and GPUs, as many as the options ask for, by default all.
 
     Raises:
         LaunchError: the job has fewer.
     """
     listed = subprocess.check_output(["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]], text=True)
     nodes, gpus = listed.split(), int(environ.get("SLURM_GPUS_ON_NODE") or 0)
-    for what, asked, there in (("nodes", options.nodes, len(nodes)), ("gpus-per-node", options.gpus_per_node, gpus)):
-        if asked and asked > there:
-            raise LaunchError(f"--{what} {asked} is more than the job's {there}: give sbatch --nodes and --gres too")
-    nodes = tuple(nodes[: options.nodes])
+    for what, wanted, there in (("nodes", asked.nodes, len(nodes)), ("gpus-per-node", asked.gpus_per_node, gpus)):
+        if wanted and wanted > there:
+            raise LaunchError(f"--{what} {wanted} is more than the job's {there}: give sbatch --nodes and --gres too")
+    nodes = tuple(nodes[: asked.nodes])
     cpus = environ.get("SLURM_CPUS_ON_NODE")
     port = free_ports(20000 + int(environ["SLURM_JOB_ID"]) % 1200 * 10)
     addresses = tuple(address(node) for node in nodes)
-    return Place(nodes, addresses, options.gpus_per_node or gpus, int(cpus) if cpus else None, port)
+    return Allocation(nodes, addresses, asked.gpus_per_node or gpus, int(cpus) if cpus else None, port)
 
 
-def planned_place(options: argparse.Namespace) -> Place:
+def assumed_allocation(asked: argparse.Namespace) -> Allocation:
     """The nodes that a job will have, by made-up names."""
-    nodes = tuple(f"node{number + 1}" for number in range(options.nodes or 1))
-    return Place(nodes, nodes, options.gpus_per_node or GPUS_PER_NODE)
+    nodes = tuple(f"node{number + 1}" for number in range(asked.nodes or 1))
+    return Allocation(nodes, nodes, asked.gpus_per_node or GPUS_PER_NODE)
 
 
 def address(node: str) -> str:
-    """Look up where a node is reached.
+    """A node's IP address, or where it cannot be looked up the name in Slurm's configuration.
 
     Args:
         node: its name in Slurm, which need not be that of a host.
-
-    Returns:
-        The IP address, or where it cannot be looked up the name in Slurm's configuration.
     """
     told = subprocess.run(["scontrol", "--oneliner", "show", "node", node], capture_output=True, text=True).stdout
-    found = re.search(r"\bNodeAddr=(\S+)", told)
-    name = found[1] if found else node
+    match = re.search(r"\bNodeAddr=(\S+)", told)
+    name = match[1] if match else node
     try:
         return socket.gethostbyname(name)
     except OSError:
@@ -169,13 +146,7 @@ def address(node: str) -> str:
 
 
 def free_ports(first: int) -> int:
-    """Find ports that nobody listens on.
-
-    Args:
-        first: where to begin.
-
-    Returns:
-        The first of `PORTS` ports in a row that are free on this machine.
+    """The first of `PORTS` ports in a row, from `first` on, that are free on this machine.
 
     Raises:
         LaunchError: there are none within a thousand.
@@ -188,22 +159,20 @@ def free_ports(first: int) -> int:
     raise LaunchError(f"no {PORTS} free ports in a row from {first} to {first + 1000} on this node")
 
 
-def submission(options: argparse.Namespace, argv: Sequence[str], gpus: int) -> list[str]:
+def submission(asked: argparse.Namespace, argv: Sequence[str], gpus: int) -> list[str]:
     """The sbatch command of a job with these options; partition and account come from slurm/site.sh.
 
     Args:
-        options: of `parser`.
+        asked: the options.
         argv: the same as text.
         gpus: of each node; 0 for none.
-
-    Returns:
-        The command.
     """
-    command = ["sbatch", f"--nodes={options.nodes or 1}", f"--gres=gpu:{gpus}" if gpus else "--gres=none"]
-    command += ["--job-name", f"{options.recipe}-{options.scale}"]
-    command += [f"--array={options.seed}"] if options.seed and not options.seed.isdecimal() else []
-    script = SERVE_SCRIPT if options.serve else TRAIN_SCRIPT
-    return [*command, script, *(word for word in argv if word not in ("--dry-run", "--serve"))]
+    words = ["sbatch", f"--nodes={asked.nodes or 1}", f"--gres=gpu:{gpus}" if gpus else "--gres=none"]
+    words += ["--job-name", f"{asked.recipe}-{asked.scale}"]
+    words += [f"--array={asked.seed}"] if asked.seed and not asked.seed.isdecimal() else []
+    words += ["--wait"] if asked.wait else []
+    script = SERVE_SCRIPT if asked.serve else TRAIN_SCRIPT
+    return [*words, script, *(word for word in argv if word not in ("--dry-run", "--serve", "--wait"))]
 
 
 def _submit(command: Sequence[str]) -> int:

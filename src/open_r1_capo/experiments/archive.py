@@ -7,66 +7,52 @@ One entry a run, by its folder under `outputs/experiments`: commit, reward of ev
 
 from __future__ import annotations
 
+import argparse
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from open_r1_capo.experiments.spec import OUTPUTS
-from open_r1_capo.runs.folder import RunFolder
-from open_r1_capo.runs.run import write_atomically
+from open_r1_capo.runs.exit import UserError, run_cli
+from open_r1_capo.runs.run import Run, write_atomically
+from open_r1_capo.runs.summary import finite
 
 
-def entry(folder: RunFolder) -> dict[str, Any]:
-    """What is kept of a run.
-
-    Args:
-        folder: of a finished run.
+def entry(run: Run) -> dict[str, Any]:
+    """What is kept of a finished run.
 
     Returns:
         commit; reward, one number a step on fresh completions; largest_kl in nats, None where it was not measured.
     """
-    rows = folder.metrics()
-    kls = [kl for row in rows if (kl := row.get("capo/measured_kl")) is not None and math.isfinite(kl)]
-    commit = OmegaConf.select(OmegaConf.load(folder.config_file), "environment.commit") or "unknown"
-    rewards = [round(row["reward"], 3) for row in rows if row.get("reward") is not None]
-    return {"commit": commit, "reward": rewards, "largest_kl": float(f"{max(kls):.3g}") if kls else None}
+    kls = [kl for row in run.metrics() if (kl := finite(row.get("capo/measured_kl"))) is not None]
+    return {
+        "commit": run.environment.get("commit") or "unknown",
+        "reward": [round(reward, 3) for reward in run.rewards()],
+        "largest_kl": float(f"{max(kls):.3g}") if kls else None,
+    }
 
 
-def main(argv: list[str]) -> int:
-    """Write the file.
-
-    Args:
-        argv: its name.
-
-    Returns:
-        0, or 2 if there is no run or no name, or a file that cannot be read or written.
-    """
-    folders = [RunFolder(path.parent) for path in sorted(OUTPUTS.glob("*/*/seed*/summary.json"))]
-    folders = [folder for folder in folders if folder.summary is not None]
-    if len(argv) != 1 or not folders:
-        print(f"error: give the file's name, and have finished runs in {OUTPUTS}", file=sys.stderr)
-        return 2
-    lines = []
-    for one in folders:
-        try:
-            lines.append(f'"{one.path.relative_to(OUTPUTS)}": {json.dumps(entry(one))}')
-        except (OSError, UnicodeDecodeError, OmegaConfBaseException, YAMLError) as error:
-            reason = " ".join(str(error).split())
-            print(f"error: {one.config_file} is not a run's ({reason}): delete the run", file=sys.stderr)
-            return 2
+def write(path: Path) -> None:
+    """Write the file; a UserError if there is no finished run, one cannot be read, or the file cannot be written."""
+    runs = [Run(file.parent) for file in sorted(OUTPUTS.glob("*/*/seed*/summary.json"))]
+    runs = [run for run in runs if run.summary is not None]
+    if not runs:
+        raise UserError(f"there are no finished runs in {OUTPUTS}: make experiment makes some")
+    lines = [f'"{run.path.relative_to(OUTPUTS)}": {json.dumps(entry(run))}' for run in runs]
     try:
-        write_atomically(Path(argv[0]), "{\n" + ",\n".join(lines) + "\n}\n")
+        write_atomically(path, "{\n" + ",\n".join(lines) + "\n}\n")
     except OSError as error:
-        print(f"error: {argv[0]} cannot be written ({error.strerror})", file=sys.stderr)
-        return 2
-    return 0
+        raise UserError(f"{path} cannot be written ({error.strerror})") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and write; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("file", type=Path)
+    options = parser.parse_args(argv)
+    return run_cli(lambda: write(options.file))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,14 +1,13 @@
 """The same next step under another rule: what would masking have done at each checkpoint of a run?
 
 Resuming is exact, so every arm that starts from a checkpoint sees the completions that the run saw next. Each arm
-takes that one step; what differs afterwards is the rule's doing. Runs of the lab only: they can be measured at once.
+takes that one step; what differs afterwards is the rule's doing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,29 +15,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import TrainerCallback
 
 from open_r1_capo.capo import TokenBatch, TokenSelection
 from open_r1_capo.capo.last_layer import RowGradient, merge, row_gradient
 from open_r1_capo.capo.steps import SCRATCH_BYTES
-from open_r1_capo.runs.checkpoints import find_damage
-from open_r1_capo.runs.folder import RunFolder
+from open_r1_capo.runs.checkpoints import step_of
+from open_r1_capo.runs.run import Run
 from open_r1_capo.settings.recipes import compose_recipe
-from open_r1_capo.settings.run import ConfigError, DataConfig
+from open_r1_capo.settings.run import ConfigError
 from open_r1_capo.tasks.held_out import held_out_accuracy
-from open_r1_capo.tasks.lab.policy import base_policy
-from open_r1_capo.tasks.lab.task import problems as lab_problems
 from open_r1_capo.tasks.rewards import get_reward_funcs
-from open_r1_capo.training.build import build, known_rewards, load_dataset, load_tokenizer, make_trainer
+from open_r1_capo.tasks.source import problem_source
+from open_r1_capo.training.build import build, known_rewards, load_dataset, load_tokenizer, make_trainer, policy_folder
 from open_r1_capo.training.trainer import CAPOTrainer
 from open_r1_capo.training.update import MicroBatch
 
-# the recipe whose rule an arm takes, after what its base method is called; the run's own for none
-ARMS = {"none": None, "mask": "{}capo_aggressive", "random": "{}capo_aggressive", "scale": "{}capo_scale_aggressive"}
+# arm → the recipe whose token rule it takes, of the run's base method; None leaves the run's own
+ARMS = {"none": None, "mask": "{}_aggressive", "random": "{}_aggressive", "scale": "{}_scale_aggressive"}
 RULE = ("mode", "max_policy_shift", "max_objective_shift", "min_objective_shift", "denominator")  # an arm's own
 STEP = ("measured_kl", "measured_kl_head", "measured_objective", "rejected_frac", "mean_weight")
+
+
+def masked_method(settings: dict[str, Any]) -> str:
+    """The paper's name of a run's base method with the mask, as recipes have it.
+
+    The base method is told by what defines it, so that every method on top of it (a plan, a rival) is covered:
+    REINFORCE subtracts no baseline, Dr.GRPO's loss divides by a constant, GRPO does neither.
+    """
+    if settings.get("advantage_baseline") == "none":
+        return "reincapo"
+    return "drcapo" if settings.get("loss_type") == "dr_grpo" else "capo"
 
 
 def shuffled(selection: TokenSelection, moving: Tensor, generator: torch.Generator) -> TokenSelection:
@@ -92,21 +100,21 @@ def _dot(a: RowGradient, b: RowGradient) -> float:
     return float((a.total[shared] * b.total[place]).sum())
 
 
-class _OneStep(CAPOTrainer):
-    """Keeps the update's micro-batches, and stops after one."""
+class OneStepTrainer(CAPOTrainer):
+    """Takes one step and keeps its micro-batches."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.taken: list[MicroBatch] = []
-        self.add_callback(_Stop())
+        self.micro_batches: list[MicroBatch] = []
+        self.add_callback(_StopAfterStep())
 
     def after_step(self) -> None:
         """Keep the micro-batches before they are forgotten."""
-        self.taken = list(self.update.micro_batches)
+        self.micro_batches = list(self.update.micro_batches)
         super().after_step()
 
 
-class _RandomStep(_OneStep):
+class RandomMaskTrainer(OneStepTrainer):
     """Rejects as many tokens as its rule does, but random ones."""
 
     def select(self, tokens: TokenBatch, log_mass: Tensor, shifts: tuple[Tensor, Tensor]) -> TokenSelection:
@@ -114,53 +122,43 @@ class _RandomStep(_OneStep):
         return shuffled(super().select(tokens, log_mass, shifts), tokens.advantages != 0, self.generator())
 
 
-class _Stop(TrainerCallback):
+class _StopAfterStep(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = True
 
 
 class Counterfactual:
-    """One run of the lab, and the steps that it might have taken.
+    """A run, and the steps that it might have taken.
 
     Args:
-        run: its folder, with checkpoints.
+        folder: the run's, with checkpoints.
         problems: how many of its training problems the reward of a step is measured on.
         samples: completions a problem.
 
     Raises:
-        ConfigError: the folder holds no run of the lab whose steps can be taken again.
+        RunError: the folder holds no run.
+        ConfigError: its steps cannot be taken again, or their reward cannot be measured here.
     """
 
-    def __init__(self, run: Path, problems: int = 200, samples: int = 2):
-        self.folder = RunFolder(run)
-        if not self.folder.config_file.is_file():
-            raise ConfigError(f"{run} holds no config.yaml of a run: give a run's folder")
-        self.settings = OmegaConf.to_container(OmegaConf.load(self.folder.config_file))
-        self.settings.pop("environment", None)
-        data, capo = (self.settings.get(group) or {} for group in ("data", "capo"))
-        if data.get("name") != "lab" or capo.get("mode") != "observe":
-            raise ConfigError(f"{run} is not a run of the lab with capo.mode=observe, such as grpo_aggressive")
-        self.last = self.settings["max_steps"]
+    def __init__(self, folder: Path, problems: int = 200, samples: int = 2):
+        self.run, self.samples = Run(folder), samples
+        self.settings = self.run.settings
+        config, args = build(self.settings)
+        data = replace(config.data, problems=problems)
+        source = problem_source(data.name, data.path)
+        if not source.measured or config.capo.mode != "observe":
+            raise ConfigError(f"{folder} is not a run of the lab with capo.mode=observe, such as grpo_aggressive")
+        self.problems = source.training(data, args.seed).to_list()
         self.model: str | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="counterfactual-")
-        variant = data.get("variant", DataConfig.variant)
-        self.problems = lab_problems("train", problems, seed=self.settings["seed"], variant=variant)
-        self.samples = samples
 
     def checkpoints(self) -> list[Path]:
-        """The complete checkpoints that are followed by a step, in their order.
-
-        Returns:
-            Their folders.
-
-        Raises:
-            ConfigError: there are none.
-        """
-        found = sorted(self.folder.checkpoint_folder.glob("checkpoint-*"), key=step_of)
-        found = [path for path in found if step_of(path) < self.last and find_damage(path) is None]
-        if not found:
-            raise ConfigError(f"{self.folder.path} has no complete checkpoint: train it with save_steps=5")
-        return found
+        """The complete checkpoints that are followed by a step, in their order; a ConfigError if there are none."""
+        last = self.settings["max_steps"]
+        checkpoints = [path for path in self.run.checkpoints() if step_of(path) < last]
+        if not checkpoints:
+            raise ConfigError(f"{self.run.path} has no complete checkpoint: train it with save_steps=5")
+        return checkpoints
 
     def at(self, checkpoint: Path) -> dict[str, Any]:
         """Every arm's step from one checkpoint.
@@ -179,29 +177,29 @@ class Counterfactual:
         """
         before = self._reward(self._trainer("none", model=str(checkpoint)))
         row: dict[str, Any] = {"step": step_of(checkpoint) + 1, "before": before, "arms": {}, "gradient": {}}
-        batches = set()
+        completions = set()
         for arm in ARMS:
             trainer = self._trainer(arm)
             trainer.train(resume_from_checkpoint=str(checkpoint))
             logs = next(entry for entry in reversed(trainer.state.log_history) if "reward" in entry)
             row["arms"][arm] = {name: logs[f"capo/{name}"] for name in STEP} | self._reward(trainer)
-            batches.add(hashlib.sha256(b"".join(p.input_ids.numpy().tobytes() for p in trainer.taken)).hexdigest())
+            ids = b"".join(one.input_ids.numpy().tobytes() for one in trainer.micro_batches)
+            completions.add(hashlib.sha256(ids).hexdigest())
             if arm in ("mask", "random"):
-                out = [one.by_rule.weight == 0 for one in trainer.taken]
-                row["gradient"][arm] = gradient_split([one.tokens for one in trainer.taken], out)
+                rejected = [one.by_rule.weight == 0 for one in trainer.micro_batches]
+                row["gradient"][arm] = gradient_split([one.tokens for one in trainer.micro_batches], rejected)
             if arm == "none":
-                theirs = [r.get("capo/measured_kl") for r in self.folder.metrics() if r["step"] == row["step"]]
-                row["agrees"] = theirs == [logs["capo/measured_kl"]]
-        if len(batches) > 1:
+                logged = [r.get("capo/measured_kl") for r in self.run.metrics() if r["step"] == row["step"]]
+                row["agrees"] = logged == [logs["capo/measured_kl"]]
+        if len(completions) > 1:
             raise ConfigError(f"the arms from {checkpoint} have not seen the same completions")
         return row
 
-    def _trainer(self, arm: str, model: str | None = None) -> _OneStep:
+    def _trainer(self, arm: str, model: str | None = None) -> OneStepTrainer:
         """A trainer of the run's settings with the arm's rule, that writes nothing which stays."""
         settings = self.settings | {"save_strategy": "no", "report_to": "none", "token_records": "none"}
         if ARMS[arm]:
-            family = re.match("dr|rein|", settings["method"])[0]
-            recipe = ARMS[arm].format(family)
+            recipe = ARMS[arm].format(masked_method(settings))
             rule = compose_recipe(recipe, [f"scale={settings['scale']}"])["capo"]
             settings["capo"] = settings["capo"] | {name: rule[name] for name in RULE if name in rule}
         config, args = build(settings)
@@ -209,16 +207,16 @@ class Counterfactual:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         if self.model is None:
-            made = config.model_name_or_path == "lab"
-            self.model = str(base_policy(settings=config.lab)) if made else config.model_name_or_path
+            self.model = policy_folder(config)
         tokenizer = load_tokenizer(self.model)
         dataset, rewards = load_dataset(config, tokenizer, args.seed), known_rewards(config)
-        kind = _RandomStep if arm == "random" else _OneStep
+        kind = RandomMaskTrainer if arm == "random" else OneStepTrainer
         return make_trainer(config, args, rewards, model or self.model, tokenizer, dataset, kind=kind)
 
     def _reward(self, trainer: CAPOTrainer) -> dict[str, float]:
+        """The accuracy of a trainer's policy on the run's training problems, with its standard error."""
         (reward,) = get_reward_funcs(["accuracy"])
-        found = held_out_accuracy(
+        accuracy = held_out_accuracy(
             trainer.accelerator.unwrap_model(trainer.model),
             trainer.processing_class,
             self.problems,
@@ -227,15 +225,10 @@ class Counterfactual:
             temperature=trainer.temperature,
             max_new_tokens=trainer.max_completion_length,
         )
-        return {"reward": found["accuracy"], "reward_error": found["standard_error"]}
+        return {"reward": accuracy["accuracy"], "reward_error": accuracy["standard_error"]}
 
 
-def step_of(checkpoint: Path) -> int:
-    """The optimizer step that a checkpoint's folder is named after."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+def compare(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
     """Every arm's means over the checkpoints, and its paired differences to the arm `none`.
 
     Args:
@@ -244,15 +237,14 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, flo
     Returns:
         arm → name → `mean`, `error` (standard error), `change` and `change_error` (of the difference to `none`).
     """
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    arms: dict[str, dict[str, dict[str, float]]] = {}
     for arm in rows[0]["arms"]:
-        found[arm] = {}
+        arms[arm] = {}
         for name in (*STEP, "reward"):
-            values = [row["arms"][arm][name] for row in rows]
-            change = [row["arms"][arm][name] - row["arms"]["none"][name] for row in rows]
-            (mean, error), (shift, shift_error) = _mean(values), _mean(change)
-            found[arm][name] = {"mean": mean, "error": error, "change": shift, "change_error": shift_error}
-    return found
+            mean, error = _mean([row["arms"][arm][name] for row in rows])
+            change, change_error = _mean([row["arms"][arm][name] - row["arms"]["none"][name] for row in rows])
+            arms[arm][name] = {"mean": mean, "error": error, "change": change, "change_error": change_error}
+    return arms
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float]:

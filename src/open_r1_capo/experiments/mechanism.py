@@ -1,4 +1,4 @@
-"""What are the rejected tokens, what do their gradients add up to, and what does masking do: `make mechanism`.
+"""What rejected tokens are, what their gradients add up to, and what masking them does: `make mechanism`.
 
 Two parts, each optional. RECORDS="<run folder> …" describes rejected, kept and random tokens from the token records of
 runs with token_records=all. RUN=<run folder> takes the next step from every checkpoint of a run once more under other
@@ -18,9 +18,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from open_r1_capo.experiments.counterfactual import STEP, Counterfactual, summary
-from open_r1_capo.runs.exit import UserError
+from open_r1_capo.experiments.counterfactual import STEP, Counterfactual, compare
+from open_r1_capo.runs.exit import UserError, run_cli
 from open_r1_capo.runs.records import REQUIRED, read_record
+from open_r1_capo.runs.run import Run
 from open_r1_capo.training.run import quiet
 
 Token = dict[str, Any]
@@ -39,21 +40,21 @@ NAMES = {
 }
 
 
-class RecordError(ValueError):
-    """Token records that cannot be used; the message is one sentence for the user."""
+class RecordError(UserError, ValueError):
+    """Token records that cannot be used."""
 
 
 def tokens_of(record: dict[str, Any], bounds: tuple[float, float] | None = None) -> list[Token]:
-    """The tokens of a record that have a gradient, one dictionary each.
+    """The tokens of a step's record that have a gradient, one dictionary each.
 
     Args:
-        record: one step's token record.
+        record: of the step.
         bounds: δ_F and δ_H that reject a token here; None takes the rejections that took place.
 
     Returns:
         Tokens with prob, entropy, kl, gradient_norm, advantage, word, position in [0, 1] and rejected.
     """
-    found = []
+    tokens = []
     for completion in record["completions"]:
         if not completion["advantage"]:
             continue
@@ -68,8 +69,8 @@ def tokens_of(record: dict[str, Any], bounds: tuple[float, float] | None = None)
                 "position": i / max(1, count - 1),
                 "rejected": over(shifts, bounds) if bounds else completion["weight"][i] == 0,
             }
-            found.append(token)
-    return found
+            tokens.append(token)
+    return tokens
 
 
 def over(shifts: tuple[float | None, float | None], bounds: tuple[float, float]) -> bool:
@@ -79,17 +80,16 @@ def over(shifts: tuple[float | None, float | None], bounds: tuple[float, float])
     return shifts[0] > bounds[0] or abs(shifts[1]) >= bounds[1]
 
 
-def describe(steps: Iterable[Sequence[Token]], seed: int = 0) -> dict[str, dict[str, float | None]]:
+def describe(steps: Iterable[Sequence[Token]]) -> dict[str, dict[str, float | None]]:
     """Rejected, kept and, of each step, as many random tokens as were rejected.
 
     Args:
         steps: the tokens of each step, from `tokens_of`.
-        seed: of the random sets.
 
     Returns:
         group → name of `NAMES` → value over all steps (None where nothing was measured), and `tokens`, their number.
     """
-    rng = random.Random(seed)
+    rng = random.Random(0)
     groups: dict[str, list[Token]] = {name: [] for name in GROUPS}
     everything = []
     for tokens in steps:
@@ -102,15 +102,7 @@ def describe(steps: Iterable[Sequence[Token]], seed: int = 0) -> dict[str, dict[
 
 
 def facts(members: Sequence[Token], everything: Sequence[Token]) -> dict[str, float | None]:
-    """One group's numbers.
-
-    Args:
-        members: its tokens.
-        everything: all tokens of the same steps.
-
-    Returns:
-        Name of `NAMES` → value, and `tokens`.
-    """
+    """The numbers NAMES of one group of all tokens of the same steps, and `tokens`, how many they are."""
     count = len(members)
     if not count:
         return {"tokens": 0} | dict.fromkeys(NAMES)
@@ -136,26 +128,16 @@ def _part(members: Sequence[Token], everything: Sequence[Token], name: str) -> f
     return mine / whole if whole else None
 
 
-def read(run: Path) -> list[dict[str, Any]]:
-    """The records of every step of a run.
-
-    Args:
-        run: its folder.
-
-    Returns:
-        Records in the order of their steps.
-
-    Raises:
-        RecordError: there are none, or one cannot be read.
-    """
+def read(run: Run) -> list[dict[str, Any]]:
+    """The records of every step of a run, in order; a RecordError if there are none, or one cannot be read."""
     records = []
-    for path in (run / "tokens").glob("step*.json.gz"):
+    for path in run.records_folder.glob("step*.json.gz"):
         try:
             records.append(read_record(path, NEEDED))
         except ValueError as error:
             raise RecordError(f"{path} cannot be read ({error})") from None
     if not records:
-        raise RecordError(f"{run} has no record of every step: train it with token_records=all")
+        raise RecordError(f"{run.path} has no record of every step: train it with token_records=all")
     return sorted(records, key=lambda record: record["step"])
 
 
@@ -171,12 +153,12 @@ def _cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, int | float) else str(value)
 
 
-def steps_table(found: dict[str, dict[str, dict[str, float]]]) -> str:
+def steps_table(arms: dict[str, dict[str, dict[str, float]]]) -> str:
     """The arms of the counterfactual: mean, and ± standard error of the paired difference to `none`."""
     names = (*STEP, "reward")
     rows = [
         [arm, *(f"{v['mean']:.3g} ({v['change']:+.2g} ± {v['change_error']:.1g})" for v in map(values.get, names))]
-        for arm, values in found.items()
+        for arm, values in arms.items()
     ]
     return table(["step taken with", *names], rows)
 
@@ -192,15 +174,39 @@ def gradients_table(rows: Sequence[dict[str, Any]]) -> str:
     return table(["tokens", "number", "norm of their sum", "norm of the others' sum", "cosine", "coherence"], lines)
 
 
+def measure(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Both parts, as JSON and as Markdown."""
+    content, texts = {}, []
+    if options.records:
+        bounds = tuple(options.bounds) if options.bounds else None
+        steps = [tokens_of(record, bounds) for folder in options.records for record in read(Run(folder))]
+        content["tokens"] = {"runs": [str(run) for run in options.records], "steps": len(steps), **describe(steps)}
+        rows = [[label, *(content["tokens"][group][name] for group in GROUPS)] for name, label in NAMES.items()]
+        texts.append(table(["", *GROUPS], rows))
+    if options.run:
+        steps, rows = Counterfactual(options.run, options.problems, options.samples), []
+        for checkpoint in steps.checkpoints():
+            rows.append(steps.at(checkpoint))
+            print(f"step {rows[-1]['step']}: {'as' if rows[-1]['agrees'] else 'NOT as'} the run", file=sys.stderr)
+        content["steps"] = {"run": str(options.run), "arms": compare(rows), "checkpoints": rows}
+        texts += [steps_table(content["steps"]["arms"]), gradients_table(rows)]
+    return content, "\n".join(texts)
+
+
+def work(options: argparse.Namespace) -> None:
+    """Measure, print and write."""
+    content, text = measure(options)
+    print(text)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "mechanism.json").write_text(json.dumps(content, indent=1) + "\n")
+        (options.out / "mechanism.md").write_text(text)
+    except OSError as error:
+        raise UserError(f"{error.filename or options.out} cannot be written ({error.strerror})") from None
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Parse the command line, measure, write.
-
-    Args:
-        argv: arguments without the program's name; None takes the process's.
-
-    Returns:
-        The exit code.
-    """
+    """Parse the command line, measure, write; returns the exit code."""
     parser = argparse.ArgumentParser(prog="make mechanism", description=__doc__.split("\n\n")[0])
     parser.add_argument("--records", nargs="*", type=Path, default=[], help="run folders with token_records=all")
     parser.add_argument("--bounds", nargs=2, type=float, help="δ_F and δ_H that reject tokens of runs without a mask")
@@ -209,52 +215,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=2, help="completions a problem")
     parser.add_argument("--out", type=Path, default=Path("outputs/mechanism"))
     options = parser.parse_args(argv)
-    quiet()
     if not options.records and not options.run:
-        parser.error('give RECORDS="<run folder> …", RUN=<run folder> or both')  # exits with 2
+        parser.error('give RECORDS="<run folder> …", RUN=<run folder> or both')
     if min(options.problems, options.samples) < 1:
         parser.error(f"--problems and --samples are at least 1, got {options.problems} and {options.samples}")
-    try:
-        content, text = measure(options)
-    except (RecordError, *UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "mechanism.json").write_text(json.dumps(content, indent=1) + "\n")
-        (options.out / "mechanism.md").write_text(text)
-    except OSError as error:
-        print(f"error: {error.filename or options.out} cannot be written ({error.strerror})", file=sys.stderr)
-        return 2
-    return 0
-
-
-def measure(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Both parts.
-
-    Args:
-        options: the command line.
-
-    Returns:
-        What is written as JSON and as Markdown.
-    """
-    content, texts = {}, []
-    if options.records:
-        bounds = tuple(options.bounds) if options.bounds else None
-        steps = [tokens_of(record, bounds) for run in options.records for record in read(run)]
-        content["tokens"] = {"runs": [str(run) for run in options.records], "steps": len(steps), **describe(steps)}
-        rows = [[label, *(content["tokens"][group][name] for group in GROUPS)] for name, label in NAMES.items()]
-        texts.append(table(["", *GROUPS], rows))
-    if options.run:
-        taken = Counterfactual(options.run, options.problems, options.samples)
-        rows = []
-        for checkpoint in taken.checkpoints():
-            rows.append(taken.at(checkpoint))
-            print(f"step {rows[-1]['step']}: {'as' if rows[-1]['agrees'] else 'NOT as'} the run", file=sys.stderr)
-        content["steps"] = {"run": str(options.run), "arms": summary(rows), "checkpoints": rows}
-        texts += [steps_table(content["steps"]["arms"]), gradients_table(rows)]
-    return content, "\n".join(texts)
+    quiet()
+    return run_cli(lambda: work(options))
 
 
 if __name__ == "__main__":

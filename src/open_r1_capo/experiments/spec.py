@@ -1,7 +1,17 @@
 """Experiments: the runs that a figure or a table of the paper needs, and where they are.
 
-A file `recipes/experiments/<name>.yaml` lists arms (a recipe and what is changed in it) and seeds. An arm's runs stand
-in `outputs/experiments/<recipe>[,<key>=<value>…]/<scale>/seed<seed>`: the folder says what the run is, so experiments
+A file `recipes/experiments/<name>.yaml` has these keys:
+
+    title     one line
+    arms      a list of {label, recipe, overrides: {key: value}, grid: {key: [values]}}; a grid makes several arms
+    seeds     of every arm
+    scales    overrides of all runs at some scales: {<pattern of scale names>: {key: value}}, such as `lab*`
+    search    the grid's key whose largest surviving value is searched by bisection; without it everything is run
+    extends   another experiment, whose keys hold where this file has none
+    only      labels of the arms that are taken
+
+`common.yaml` has the `scales` of every experiment. Runs are in
+`outputs/experiments/<recipe>[,<key>=<value>…]/<scale>/seed<seed>`: the folder says what the run is, so experiments
 that share an arm share its runs.
 """
 
@@ -11,6 +21,7 @@ import difflib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,81 +31,54 @@ from open_r1_capo.runs.exit import UserError
 
 EXPERIMENTS = Path(__file__).resolve().parents[3] / "recipes" / "experiments"
 SCALES = EXPERIMENTS.parent / "scale"
-COMMON = "common"  # the file of settings that every run of a scale shares
+COMMON = "common"
 OUTPUTS = Path("outputs/experiments")
-KEYS = {"title", "extends", "only", "seeds", "arms", "search", "lab"}  # lab: what it changes of COMMON's there
+KEYS = {"title", "arms", "seeds", "scales", "search", "extends", "only"}
 ARM_KEYS = {"label", "recipe", "overrides", "grid"}
 
 
 class ExperimentError(UserError, ValueError):
-    """An experiment cannot be read or run; the message is one sentence for the user."""
+    """An experiment cannot be read or run."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One line of a figure.
+    """One line of a figure: a recipe, and what is changed in it as `key=value`."""
 
-    Attributes:
-        label: its name in the legend; the arms of a grid share it.
-        recipe: a recipe's name.
-        overrides: what is changed in it, as `key=value`.
-    """
-
-    label: str
+    label: str  # in the legend; the arms of a grid share it
     recipe: str
     overrides: tuple[str, ...] = ()
 
     @property
-    def variant(self) -> str:
-        """The overrides as a part of the folder's name."""
-        return ",".join(self.overrides)
+    def name(self) -> str:
+        """Recipe and overrides, as the folder of its runs is named."""
+        return ",".join((self.recipe, *self.overrides))
 
     def value(self, key: str) -> float:
-        """The number that an override sets.
-
-        Args:
-            key: such as `learning_rate`.
-
-        Returns:
-            Its value.
-
-        Raises:
-            KeyError: no override of that name.
-        """
+        """The number that the override of `key` sets; KeyError if there is none."""
         return float(dict(item.split("=", 1) for item in self.overrides)[key])
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """The runs of one figure at one scale.
-
-    Attributes:
-        name: the file's name.
-        title: one line.
-        scale: a scale's name.
-        arms: in the order of the legend.
-        seeds: of every arm.
-        common: overrides that all runs of the scale share.
-        search: the grid's key whose largest surviving value is searched by bisection; None runs everything.
-        root: where the runs are.
-    """
+    """The runs of one figure at one scale; see the module for the keys of its file."""
 
     name: str
     title: str
     scale: str
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
-    common: tuple[str, ...] = ()
+    common: tuple[str, ...] = ()  # overrides that all runs of the scale share
     search: str | None = None
-    root: Path = OUTPUTS
+    root: Path = OUTPUTS  # holds the runs' folders
 
     def folder(self, arm: Arm, seed: int) -> Path:
         """The folder of one run."""
-        return self.root / ",".join((arm.recipe, *arm.overrides)) / self.scale / f"seed{seed}"
+        return self.root / arm.name / self.scale / f"seed{seed}"
 
     def overrides(self, arm: Arm, seed: int) -> list[str]:
         """What a run is started with, beside its recipe."""
-        variant = [f"variant='{arm.variant}'"] if arm.variant else []
+        variant = [f"variant='{','.join(arm.overrides)}'"] if arm.overrides else []
         place = [f"scale={self.scale}", f"seed={seed}", f"output_root={self.root}"]
         return [*place, *variant, *self.common, *arm.overrides]
 
@@ -135,6 +119,8 @@ def load(name: str, scale: str = "lab", seeds: int | None = None) -> Experiment:
     if scale not in known_scales():
         raise ExperimentError(f"there is no scale {scale!r}; there are {', '.join(known_scales())}")
     content = _read(name)
+    if missing := {"title", "seeds", "arms"} - content.keys():
+        raise ExperimentError(f"recipes/experiments/{name}.yaml does not say {min(missing)!r}")
     chosen = tuple(content["seeds"])
     if seeds is not None and not 1 <= seeds <= len(chosen):
         raise ExperimentError(f"{name} has the seeds {', '.join(map(str, chosen))}: SEEDS is 1 to {len(chosen)}")
@@ -142,8 +128,10 @@ def load(name: str, scale: str = "lab", seeds: int | None = None) -> Experiment:
     only = content.get("only", [arm.label for arm in arms])
     if absent := set(only) - {arm.label for arm in arms}:
         raise ExperimentError(f"recipes/experiments/{name}.yaml has no arm {min(absent)!r}, which 'only' names")
-    family = scale.partition("_")[0]
-    common = yaml.safe_load((EXPERIMENTS / f"{COMMON}.yaml").read_text()).get(family, {}) | content.get(family, {})
+    common: dict[str, Any] = {}
+    for patterns in (_read(COMMON).get("scales", {}), content.get("scales", {})):
+        for pattern, overrides in patterns.items():
+            common |= overrides if fnmatchcase(scale, pattern) else {}
     return Experiment(
         name=name,
         title=content["title"],
@@ -164,11 +152,7 @@ def _read(name: str) -> dict[str, Any]:
         raise ExperimentError(
             f"recipes/experiments/{name}.yaml: {min(unknown)!r} is none of {', '.join(sorted(KEYS))}"
         )
-    if "extends" in content:
-        content = _read(content["extends"]) | content
-    if missing := {"title", "seeds", "arms"} - content.keys():
-        raise ExperimentError(f"recipes/experiments/{name}.yaml does not say {min(missing)!r}")
-    return content
+    return _read(content["extends"]) | content if "extends" in content else content
 
 
 def _arms(name: str, entry: dict[str, Any]) -> Iterator[Arm]:

@@ -1,4 +1,4 @@
-"""Run an experiment: its missing runs by Hydra's multirun, side by side here (joblib) or as Slurm jobs (submitit).
+"""Run what is missing of an experiment: side by side on this machine's CPU, on its GPUs, or as Slurm jobs.
 
     python -m open_r1_capo.experiments.sweep fig2 --scale lab --seeds 5
 
@@ -11,159 +11,127 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
+import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
-
 from open_r1_capo.experiments.spec import Arm, Experiment, ExperimentError, known_experiments, load
-from open_r1_capo.runs.folder import RunFolder, RunFolderError
+from open_r1_capo.runs.exit import run_cli
+from open_r1_capo.runs.folder import RunFolder
 from open_r1_capo.runs.outcomes import base_accuracy, usable
-from open_r1_capo.settings.recipes import RECIPES, compose_recipe
+from open_r1_capo.runs.run import Run, read_lines
+from open_r1_capo.runs.summary import duration
+from open_r1_capo.settings.recipes import compose_recipe
 from open_r1_capo.settings.run import ConfigError
-from open_r1_capo.training.callbacks import duration
 
 Job = tuple[Arm, int]
-SWEEPS = ".sweeps"  # manifests and logs, beside the runs
+LOGS = ".sweeps"  # a run's output, in a folder beside the runs
+TRAIN_SCRIPT = "slurm/train.slurm"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what is missing of an experiment.
-
-    Args:
-        argv: arguments; None takes the process's.
-
-    Returns:
-        The exit code.
-    """
+    """Parse the command line and run what is missing of an experiment; returns the exit code."""
     parser = argparse.ArgumentParser(prog="make experiment", description=__doc__.split("\n\n")[0])
-    parser.add_argument("name", nargs="?", help=f"one of {', '.join(known_experiments())}")
+    parser.add_argument("name", nargs="?", default="", help=f"one of {', '.join(known_experiments())}")
     parser.add_argument("--scale", default="lab")
     parser.add_argument("--seeds", type=int, help="the first so many of the experiment's seeds; by default all")
+    parser.add_argument("--jobs", type=int, help="runs side by side on the CPU; by default one a core")
     parser.add_argument(
-        "--launcher", choices=("joblib", "submitit_slurm"), help="by default Slurm, where there is one"
+        "--slurm",
+        nargs="?",
+        const="",
+        metavar="OPTIONS",
+        help=f"submit the runs by {TRAIN_SCRIPT} with these options of it, such as '--nodes 2'; by default submitted "
+        "where there is sbatch and the runs need GPUs",
     )
-    parser.add_argument(
-        "--jobs", type=int, help="runs side by side; by default one a core, or one where GPUs are used"
-    )
+    parser.add_argument("--no-slurm", action="store_true", help="run here, even if there is sbatch")
     parser.add_argument("--dry-run", action="store_true", help="list the missing runs")
-    parser.add_argument("hydra", nargs="*", help="settings of the launcher, such as hydra.launcher.partition=gpu")
-    options = parser.parse_intermixed_args(argv)  # make puts options between the name and the settings
+    options = parser.parse_args(argv)
+    return run_cli(lambda: work(options), "stopped; the same command goes on with the missing runs")
+
+
+def work(options: argparse.Namespace) -> int:
+    """Run what is missing, or list it; returns the exit code."""
     if options.jobs is not None and options.jobs < 1:
-        print(f"error: --jobs is the number of runs side by side, at least 1, got {options.jobs}", file=sys.stderr)
-        return 2
-    try:
-        experiment = load(options.name or "", options.scale, options.seeds)
-        check(experiment)
-    except (ExperimentError, ConfigError, RunFolderError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise ExperimentError(f"--jobs is the number of runs side by side, at least 1, got {options.jobs}")
+    experiment = load(options.name, options.scale, options.seeds)
+    settings = check(experiment)
     if options.dry_run:
-        print("\n".join(command(experiment, job) for job in due(experiment, _survival(experiment))))
+        for job in due(experiment, _survival(experiment)):
+            print(shlex.join(command(experiment, job)))
         if experiment.search:
             print("a search: these are its next runs, and decide which ones follow", file=sys.stderr)
         return 0
-    slurm = options.launcher == "submitit_slurm" or (options.launcher is None and _has_slurm(options.scale))
-    launcher = "submitit_slurm" if slurm else "joblib"
-    settings = [f"hydra/launcher={launcher}", *options.hydra]
-    settings += [] if slurm else [f"hydra.launcher.n_jobs={options.jobs or _side_by_side(options.scale)}"]
-    try:
-        failed = run(experiment, settings)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on with the missing runs", file=sys.stderr)
-        return 130
+    slurm = None if options.slurm is None else shlex.split(options.slurm)
+    if slurm is None and settings.get("needs_gpu") and shutil.which("sbatch") and not options.no_slurm:
+        slurm = []
+    if slurm is None and settings.get("use_cpu"):
+        launch = partial(on_cpu, experiment, workers=options.jobs or cores())
+    else:
+        launch = partial(by_commands, experiment, slurm=slurm)
+    failed = run(experiment, launch)
     for job in failed:
         print(f"failed: {experiment.folder(*job)} (log: {log_of(experiment, job)})", file=sys.stderr)
     return 1 if failed else 0
 
 
-def check(experiment: Experiment) -> None:
+# --- which runs ------------------------------------------------------------------------------------------------------
+
+
+def check(experiment: Experiment) -> dict[str, Any]:
     """Compose the arms, so that a mistake in the last one is known before the first has run.
 
     Args:
         experiment: of a grid, whose arms differ in numbers alone, the first arm is composed, and those with runs.
+
+    Returns:
+        The settings of the first arm, which tell where the runs can run.
 
     Raises:
         ConfigError: an arm's recipe or override is not accepted (names the experiment), or a finished run of it has
             other settings than the recipe has now.
     """
     kinds = {(arm.recipe, *(item.partition("=")[0] for item in arm.overrides)): arm for arm in experiment.arms[::-1]}
+    first: dict[str, Any] = {}
     for arm in experiment.arms:
         folders = {seed: RunFolder(experiment.folder(arm, seed)) for seed in experiment.seeds}
-        there = [seed for seed, folder in folders.items() if folder.summary is not None]
-        if not there and arm not in kinds.values():
+        finished = [seed for seed, folder in folders.items() if folder.summary is not None]
+        if not finished and arm not in kinds.values():
             continue
         try:
             settings = compose_recipe(arm.recipe, experiment.overrides(arm, experiment.seeds[0]))
         except ConfigError as error:
             raise ConfigError(f"recipes/experiments/{experiment.name}.yaml, {arm.label}: {error}") from None
-        for seed in there:
-            check_current(folders[seed], settings | {"seed": seed})
-
-
-def check_current(folder: RunFolder, settings: dict[str, Any]) -> None:
-    """Refuse a finished run that the recipe no longer describes: a figure would mix two settings under one name.
-
-    Args:
-        folder: of the run.
-        settings: the resolved recipe of today.
-
-    Raises:
-        ConfigError: they differ in more than in what is measured on the side.
-    """
-    differing = {key: both for key, both in folder.differences(settings).items() if key != "evaluation"}
-    if differing:
-        key, (theirs, ours) = next(iter(differing.items()))
-        raise ConfigError(
-            f"{folder.path} was run with other settings than its recipe has now ({key} was {theirs!r}, now {ours!r}): "
-            "move it away or delete it, and the same command makes it again"
-        )
-
-
-def run(experiment: Experiment, settings: Sequence[str]) -> list[Job]:
-    """Run what is missing, in rounds where the experiment searches for a largest value.
-
-    Args:
-        experiment: to be completed.
-        settings: of Hydra's launcher.
-
-    Returns:
-        The runs that failed.
-    """
-    failed: list[Job] = []
-    for number in itertools.count():
-        jobs = [job for job in due(experiment, _survival(experiment)) if job not in failed]
-        if not jobs:
-            break
-        if number == 0 or experiment.search:
-            print(f"{experiment.name}: {len(jobs)} runs to do", file=sys.stderr, flush=True)
-        with progress(experiment, jobs):
-            multirun(experiment, jobs, settings)
-        failed += missing(experiment, jobs)
-    return failed
+        first = first or settings
+        for seed in finished:  # a figure would mix two settings under one name
+            differing = folders[seed].differences(settings | {"seed": seed})
+            differing.pop("evaluation", None)  # what is measured on the side
+            if differing:
+                key, (theirs, ours) = next(iter(differing.items()))
+                raise ConfigError(
+                    f"{folders[seed].path} was run with other settings than its recipe has now ({key} was {theirs!r}, "
+                    f"now {ours!r}): move it away or delete it, and the same command makes it again"
+                )
+    return first
 
 
 def due(experiment: Experiment, outcome: Callable[[Job], bool | None]) -> list[Job]:
-    """The runs to do next.
+    """The runs to do next: every missing one; in a search the one of each label that decides its next step.
 
-    Args:
-        experiment: with or without a search.
-        outcome: whether a finished run is usable; None for a run that is not there.
-
-    Returns:
-        Every missing run; in a search the one run of each label that decides its next step.
+    `outcome` tells whether a finished run is usable, and is None for a run that is not there.
     """
     if experiment.search is None:
         return [job for job in experiment.runs() if outcome(job) is None]
@@ -172,15 +140,14 @@ def due(experiment: Experiment, outcome: Callable[[Job], bool | None]) -> list[J
 
 
 def next_probe(arms: Sequence[Arm], experiment: Experiment, outcome: Callable[[Job], bool | None]) -> Job | None:
-    """One step of the bisection for the largest value at which every seed survives, taking survival as monotone.
+    """The next run of the bisection for the largest value at which every seed survives; None when that is known.
+
+    Survival is taken as monotone in the value.
 
     Args:
         arms: of one label, one for each value of the grid.
         experiment: its seeds and the searched key.
         outcome: as in `due`.
-
-    Returns:
-        The run that is missing for the next decision; None when the value is known.
     """
     ordered = sorted(arms, key=lambda arm: arm.value(experiment.search))
     low, high = -1, len(ordered)  # the largest value known to survive, the smallest known to fail
@@ -200,119 +167,148 @@ def next_probe(arms: Sequence[Arm], experiment: Experiment, outcome: Callable[[J
 
 def _survival(experiment: Experiment) -> Callable[[Job], bool | None]:
     """Look up what became of the runs: a run lives if it ends near its best and not below the base policy."""
-    folders = {job: RunFolder(experiment.folder(*job)) for job in experiment.runs()}
-    finished = {job: folder for job, folder in folders.items() if folder.summary is not None}
+    runs = {job: Run(experiment.folder(*job)) for job in experiment.runs()}
+    finished = {job: run for job, run in runs.items() if run.summary is not None}
     if not experiment.search:
         return lambda job: True if job in finished else None
-    rewards = {
-        job: [row["reward"] for row in folder.metrics() if row.get("reward") is not None]
-        for job, folder in finished.items()
-    }
+    rewards = {job: run.rewards() for job, run in finished.items()}
     base = base_accuracy(rewards.values())
     return lambda job: usable(rewards[job], base) if job in rewards else None
 
 
-def missing(experiment: Experiment, jobs: Iterator[Job] | Sequence[Job]) -> list[Job]:
-    """The runs without a summary."""
-    return [job for job in jobs if RunFolder(experiment.folder(*job)).summary is None]
+# --- how they are run ------------------------------------------------------------------------------------------------
 
 
-def command(experiment: Experiment, job: Job) -> str:
-    """The make command of one run, as a shell reads it."""
+def run(experiment: Experiment, launch: Callable[[list[Job]], None]) -> list[Job]:
+    """Have `launch` run what is missing, in rounds where the experiment is a search; returns the runs that failed."""
+    failed: list[Job] = []
+    (experiment.root / LOGS).mkdir(parents=True, exist_ok=True)
+    for number in itertools.count():
+        jobs = [job for job in due(experiment, _survival(experiment)) if job not in failed]
+        if not jobs:
+            break
+        if number == 0 or experiment.search:
+            print(f"{experiment.name}: {len(jobs)} runs to do", file=sys.stderr, flush=True)
+        with progress(experiment, jobs):
+            launch(jobs)
+        failed += [job for job in jobs if Run(experiment.folder(*job)).summary is None]
+    return failed
+
+
+def command(experiment: Experiment, job: Job, slurm: Sequence[str] | None = None) -> list[str]:
+    """The command of a run: `make train`, or with options of slurm/train.slurm its submission, which waits."""
     arm, seed = job
-    return shlex.join(make_train(arm.recipe, experiment.overrides(arm, seed)))
-
-
-def make_train(recipe: str, overrides: Sequence[str]) -> list[str]:
-    """The make command of a run, word by word.
-
-    Args:
-        recipe: its name.
-        overrides: among them scale and seed, which make is told by variables, as the scale decides how it launches.
-
-    Returns:
-        The words; make hands ARGS to a shell, so that it is quoted in itself.
-    """
-    names = {"scale": "SCALE", "seed": "SEED"}
-    said = [item for item in overrides if item.partition("=")[0] in names]
-    rest = shlex.join(item for item in overrides if item not in said)
-    variables = [f"{names[key]}={value}" for key, _, value in (item.partition("=") for item in said)]
-    return ["make", "train", f"RECIPE={recipe}", *variables, f"ARGS={rest}"]
+    changes = (item for item in experiment.overrides(*job) if item.partition("=")[0] not in ("scale", "seed"))
+    args = shlex.join(changes)  # both hand it to a shell or to shlex
+    if slurm is None:
+        return ["make", "train", f"RECIPE={arm.recipe}", f"SCALE={experiment.scale}", f"SEED={seed}", f"ARGS={args}"]
+    place = ["--recipe", arm.recipe, "--scale", experiment.scale, "--seed", str(seed)]
+    return [TRAIN_SCRIPT, "--wait", *place, *slurm, "--args", args]
 
 
 def log_of(experiment: Experiment, job: Job) -> Path:
     """Where a run's output goes."""
     arm, seed = job
-    name = ",".join((arm.recipe, *arm.overrides))
-    return experiment.root / SWEEPS / f"{name}-{experiment.scale}-seed{seed}.log"
+    return experiment.root / LOGS / f"{arm.name}-{experiment.scale}-seed{seed}.log"
 
 
-def multirun(experiment: Experiment, jobs: Sequence[Job], settings: Sequence[str]) -> None:
-    """Hand jobs to Hydra's launcher and wait for them; a job that fails leaves the others alone.
+def by_commands(experiment: Experiment, jobs: Sequence[Job], slurm: Sequence[str] | None) -> None:
+    """Run jobs by `command` and wait for them: on this machine's GPUs one after the other, or by Slurm all at once.
 
-    Args:
-        experiment: whose runs they are.
-        jobs: arms and seeds.
-        settings: overrides of Hydra's launcher.
+    Ctrl-C leaves submitted jobs to Slurm.
     """
-    lines = [
-        {
-            "recipe": arm.recipe,
-            "overrides": experiment.overrides(arm, seed),
-            "log": str(log_of(experiment, (arm, seed)).absolute()),
-            "in_process": experiment.scale.startswith("lab"),
-        }
-        for arm, seed in jobs
-    ]
-    manifest = (experiment.root / SWEEPS / f"{experiment.name}-{experiment.scale}-{os.getpid()}.json").absolute()
-    manifest.parent.mkdir(parents=True, exist_ok=True)
-    manifest.write_text(json.dumps(lines, indent=1))
-    numbers = ",".join(map(str, range(len(jobs))))
-    arguments = ["sweep", "--multirun", f"manifest='{manifest}'", f"job={numbers}", *settings]
-    before = sys.argv
-    try:
-        sys.argv = arguments
-        hydra.main(version_base="1.3", config_path=str(RECIPES / "sweep"), config_name="job")(run_job)()
-    finally:
-        sys.argv = before
-        manifest.unlink()
+    running = []
+    for job in jobs:
+        words = command(experiment, job, slurm)
+        with log_of(experiment, job).open("a") as log:
+            print(time.strftime("%F %T"), shlex.join(words), file=log, flush=True)
+            running.append(subprocess.Popen(words, stdout=log, stderr=log))
+        if slurm is None:
+            running[-1].wait()
+    for process in running:
+        process.wait()
 
 
-def run_job(config: DictConfig) -> int:
-    """Do one line of a manifest: train in this process, or by `make train`, which knows how to launch on GPUs.
+def on_cpu(experiment: Experiment, jobs: Sequence[Job], workers: int) -> None:
+    """Run jobs in processes of this machine, each of which imports torch once.
 
-    Args:
-        config: `manifest` and `job`.
+    Each is a pool of its own: if it is killed (out of memory), its run fails, and another process takes its place.
 
-    Returns:
-        The exit code, which nobody needs: the run's summary says whether it ended.
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM, which stops the processes.
     """
-    job = json.loads(Path(config.manifest).read_text())[config.job]
-    with Path(job["log"]).open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        print(f"{time.strftime('%F %T')} {job['recipe']} {' '.join(job['overrides'])}", flush=True)
-        if not job["in_process"]:
-            words = make_train(job["recipe"], job["overrides"])
-            return subprocess.run(words, stdout=log, stderr=log, check=False).returncode
-        from open_r1_capo import grpo  # seconds of imports that the listing of an experiment does not need
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: one run a core
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: its processes would outlive it
+    waiting = iter(jobs)  # the threads share it
 
-        GlobalHydra.instance().clear()  # the run composes its recipe itself
+    def serve() -> None:
+        process = one_process()
+        for job in waiting:
+            try:
+                process.submit(train_here, job[0].recipe, experiment.overrides(*job), log_of(experiment, job)).result()
+            except BrokenProcessPool:
+                process = one_process()
+        process.shutdown()
+
+    with ThreadPoolExecutor(workers) as threads:
         try:
-            return grpo.main(["--config-name", job["recipe"], *job["overrides"]])
-        except Exception:
-            traceback.print_exc()
-            return 1
+            for thread in [threads.submit(serve) for _ in range(min(workers, len(jobs)))]:
+                thread.result()
+        except KeyboardInterrupt:
+            list(waiting)  # leaves none to the threads
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGINT)
+            raise
+
+
+def one_process() -> ProcessPoolExecutor:
+    """A process that runs submitted calls one after the other."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, context, signal.signal, (signal.SIGINT, _interrupt_once))
+
+
+def _interrupt_once(*_: Any) -> None:
+    """Raise KeyboardInterrupt for the first of two SIGINTs: the terminal sends one, and the sweep another."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def train_here(recipe: str, overrides: list[str], log: Path) -> int:
+    """Train in this process, whose output and that of its children goes to the log; returns the exit code."""
+    with log.open("a") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+    print(time.strftime("%F %T"), recipe, *overrides, flush=True)
+    try:
+        from open_r1_capo.training.run import command  # seconds of imports, once a process
+
+        return command(recipe, overrides)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def progress(experiment: Experiment, jobs: Sequence[Job], seconds: float = 5.0) -> Iterator[None]:
     """Show a line of the sweep's progress while the block runs: on a terminal live, elsewhere once a minute."""
-    live, start, stop = sys.stderr.isatty(), time.time(), threading.Event()
-    folders = [RunFolder(experiment.folder(*job)) for job in jobs]
+    live, begin, stop = sys.stderr.isatty(), time.time(), threading.Event()
+    runs = [Run(experiment.folder(*job)) for job in jobs]
 
     def line() -> str:
-        done = sum(folder.summary is not None for folder in folders)
-        steps = sum(1 if f.summary else _share_done(f) for f in folders)
-        left = (time.time() - start) / steps * (len(jobs) - steps) if steps else None
+        done = sum(run.summary is not None for run in runs)
+        steps = sum(map(share_done, runs))
+        left = (time.time() - begin) / steps * (len(jobs) - steps) if steps else None
         rest = "" if left is None else f", ETA {duration(left)}"
         return f"{experiment.name}: {done} of {len(jobs)} runs done{rest}"
 
@@ -330,23 +326,12 @@ def progress(experiment: Experiment, jobs: Sequence[Job], seconds: float = 5.0) 
         print(f"\r\033[K{line()}" if live else line(), file=sys.stderr, flush=True)
 
 
-def _share_done(folder: RunFolder) -> float:
-    """The share of a running run's steps that it has written."""
-    if not folder.metrics_file.is_file():
-        return 0.0
-    planned = OmegaConf.load(folder.config_file).max_steps  # written before the first step
-    with folder.metrics_file.open("rb") as file:
-        return min(0.99, sum(1 for _ in file) / planned)
-
-
-def _has_slurm(scale: str) -> bool:
-    return not scale.startswith("lab") and shutil.which("sbatch") is not None
-
-
-def _side_by_side(scale: str) -> int:
-    """One lab run a core; runs on GPUs take all of them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores if scale.startswith("lab") else 1
+def share_done(run: Run) -> float:
+    """The share of a run's steps that it has written; 1 only if it has ended."""
+    if run.summary is not None:
+        return 1.0
+    rows = read_lines(run.metrics_file).rows
+    return min(0.99, rows[-1]["step"] / (run.max_steps or rows[-1]["step"])) if rows else 0.0
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""What a run has shown: summary.json's numbers, a few lines for the terminal, and report.html.
+"""report.html of a run, and one page that compares several.
 
-summary.py has the numbers and the lines; panels.py says which metrics share a diagram, facts.py what stands beside the
-curves, records.py which token records fit on a page; page.py makes the HTML file, safe from what it shows, out of
-page.html, style.css and the scripts; run.py is the report of a run, compare.py one page for several.
+run.py writes a run's report, compare.py the page of several. panels.py says which metrics share a diagram, facts.py
+what stands beside the curves, records.py which token records fit on a page. page.py makes one HTML file out of
+page.html, the style sheets and the scripts, and keeps it safe from what it shows.
 
 python -m open_r1_capo.report outputs/capo_aggressive/lab/seed0
 """
 
-from open_r1_capo.report.run import ReportError, write_report
-from open_r1_capo.runs.summary import summarise, summary_lines
+from open_r1_capo.report.run import write_report
 
-__all__ = ["ReportError", "summarise", "summary_lines", "write_report"]
+__all__ = ["write_report"]

@@ -1,39 +1,37 @@
-"""Write the reports of run folders again, of ended and of unfinished runs."""
+"""Write report.html of run folders, whether their runs have ended or not."""
 
 from __future__ import annotations
 
 import sys
 
-from open_r1_capo.report.run import ReportError, write_reports
+from open_r1_capo.report.page import file_errors
+from open_r1_capo.report.run import write_report
+from open_r1_capo.runs.exit import UserError, run_cli
+from open_r1_capo.runs.run import Run
 from open_r1_capo.runs.summary import summary_lines
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write report.html of each folder, whether its run has ended or not.
-
-    Args:
-        argv: run folders; None takes the process's arguments.
-
-    Returns:
-        0, or 2 if a folder is no run's or cannot be read or written (one sentence says which).
-    """
+    """Write the report of each folder named; return the exit code."""
     names = sys.argv[1:] if argv is None else argv
-    if not names:
-        print("error: name a run folder: make report RUN=outputs/<recipe>/<scale>/seed<seed>", file=sys.stderr)
-        return 2
-    try:
-        written = write_reports(names)
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename} cannot be read or written ({error.strerror})", file=sys.stderr)
-        return 2
-    for folder, summary in written:
-        unfinished = [f"the run has not ended; its report so far: {folder.report_file}"]
-        lines = summary_lines(folder) if summary else unfinished
+    return run_cli(lambda: write_reports([Run(name) for name in names]))
+
+
+def write_reports(runs: list[Run]) -> None:
+    """Write the reports and print the results, or nothing if one of the folders is no run's.
+
+    Raises:
+        UserError: no folder is named, one is no run's, or a file cannot be read or written.
+    """
+    if not runs:
+        raise UserError("name a run folder: make report RUN=outputs/<recipe>/<scale>/seed<seed>")
+    for run in runs:
+        _ = run.settings
+    for run in runs:
+        with file_errors():
+            write_report(run)
+        lines = summary_lines(run) if run.summary else [f"the run has not ended; its report so far: {run.report_file}"]
         print("\n".join(lines))
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""One page for several runs: each panel with a line a run, the summaries, and the settings in which they differ.
+"""One page for several runs: each panel with a line a run, the results, and the settings in which they differ.
+
+Runs that differ in the seed alone are a group: thin lines of one colour, and their mean as a thick one.
 
 python -m open_r1_capo.report.compare --out compare.html <run folder> <run folder> …
 """
@@ -7,18 +9,34 @@ from __future__ import annotations
 
 import argparse
 import html
+import json
+import os
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from open_r1_capo.report.page import METRICS_LIMIT, fit_metrics, notes_html, render, table_html, text
-from open_r1_capo.report.panels import AXES, RUN_COLOURS, compare_panels, metric_columns, test_columns
-from open_r1_capo.report.run import ReportError, label, read_settings, unfinished
-from open_r1_capo.runs.folder import RunFolder
-from open_r1_capo.runs.run import write_atomically
-from open_r1_capo.runs.summary import finite, summarise
+from open_r1_capo.report.page import METRICS_LIMIT, file_errors, fit_metrics, notes_html, render, table_html, text
+from open_r1_capo.report.panels import AXES, RUN_COLOURS, compare_panels, drawn_columns, number
+from open_r1_capo.report.run import read_curves
+from open_r1_capo.runs.exit import UserError, run_cli
+from open_r1_capo.runs.run import NOT_IDENTITY, Run, write_atomically
+from open_r1_capo.runs.summary import finite
 
 NOT_COMPARED = ("output_root", "environment.processor", "environment.python")  # where, not what
+# a column of the results: its head, how a number is written, what stands between two, and where the summary has them
+RESULTS = (
+    ("steps", ",.0f", "", ["steps"]),
+    ("completions", ",.0f", "", ["completions"]),
+    ("reward, first → last", ".4g", " → ", ["reward_windows", 0], ["reward_windows", -1]),
+    ("held-out, before → after", ".4g", " → ", ["accuracy_before", "accuracy"], ["accuracy_after", "accuracy"]),
+    ("best", ".4g", "", ["accuracy_best"]),
+    ("TEST, last / best", ".4g", " / ", ["test_last"], ["test_best"]),
+    ("rejected, mean / max", ".2%", " / ", ["rejected_frac", "mean"], ["rejected_frac", "max"]),
+    ("measured KL, mean / max", ".1e", " / ", ["measured_kl", "mean"], ["measured_kl", "max"]),
+    ("rate taken", ".4g", "", ["step_scale", "mean"]),
+    ("seconds", ".4g", "", ["training_seconds"]),
+)
 
 
 def write_comparison(names: list[str], out: Path) -> None:
@@ -29,138 +47,142 @@ def write_comparison(names: list[str], out: Path) -> None:
         out: the HTML file.
 
     Raises:
-        ReportError: fewer than two folders, one that is no run's, or one that is named twice.
+        UserError: fewer than two folders, one that is no run's, or one that is named twice.
     """
     if len(names) < 2:
-        raise ReportError('name two run folders or more: make compare RUNS="<run folder> <run folder>"')
-    folders = [RunFolder(Path(name)) for name in names]
-    settings = [read_settings(folder) for folder in folders]
-    seen: dict[Path, str] = {}
-    for name, folder in zip(names, folders, strict=True):
-        path = folder.path.resolve()
-        if path in seen:
-            raise ReportError(f"{name} is named twice (as {seen[path]}): a run is compared with others")
-        seen[path] = name
-    labels = distinct_labels(folders, settings)
-    runs, summaries, notes = [], [], []
-    for folder, each, name in zip(folders, settings, labels, strict=True):
-        run, summary, note = _read(folder, each, name)
-        runs.append(run)
-        summaries.append(summary)
-        notes.append(f"{name}: {note}" if note else "")
-    panels = compare_panels(runs)
-    drawn = {line["key"] for panel in panels for line in panel["lines"]} | set(AXES)
-    for run in runs:
-        run["metrics"], note = fit_metrics(run["metrics"], drawn, set(), 2 * METRICS_LIMIT // len(runs))
-        notes.append(f"{run['label']}: {note}" if note else "")
+        raise UserError('name two run folders or more: make compare RUNS="<run folder> <run folder>"')
+    runs: dict[Path, Run] = {}
+    for run in map(Run, names):
+        known = runs.setdefault(run.path.resolve(), run)
+        if known is not run:
+            raise UserError(f"{run.path} is named twice (as {known.path}): a run is compared with others")
+    groups = group_seeds(list(runs.values()))
+    group_labels, labels = label_runs(groups)
+    curves, results, notes = [], [], []
+    for i, (group, label) in enumerate(zip(groups, group_labels, strict=True)):
+        look = {"colour": RUN_COLOURS[i % 8], "style": "dashed" if i >= 8 else ""}
+        swatch = f'<span class="swatch" style="--colour: var(--c{look["colour"]})"></span>'
+        seeds, summaries = [], []
+        for run in group:
+            seed, summary, said = read_curves(run, labels[run], run.summary)
+            seeds.append(seed | look)
+            summaries.append(summary | last_and_best(seed["tests"].get("test", [])))
+            results.append([swatch + text(labels[run]), *result_cells(summaries[-1:])])
+            notes += [f"{labels[run]}: {note}" for note in said]
+        curves += seeds
+        begun = [seed for seed in seeds if seed["metrics"]]
+        if len(begun) > 1:
+            for seed in seeds:
+                seed["style"] = f"thin {look['style']}"
+            mean = {table: mean_table([seed[table] for seed in begun]) for table in ("metrics", "tests")}
+            name = f"{label}, mean of {len(begun)} seeds"
+            curves.append(mean | {"label": name, "colour": look["colour"], "style": f"thick {look['style']}"})
+            results.append([swatch + text(name), *result_cells(summaries)])
+    panels = compare_panels(curves)
+    for each in curves:
+        limit = 2 * METRICS_LIMIT // len(curves)
+        each["metrics"], note = fit_metrics(each["metrics"], drawn_columns(panels), set(), limit)
+        notes.append(f"{each['label']}: {note}" if note else "")
     sections = {
         "heading": f"{len(runs)} runs",
         "status": notes_html(notes),
-        "worst": summary_table(labels, summaries),
-        "settings": settings_table(labels, settings),
+        "worst": table_html(results, ["run", *(head for head, *_ in RESULTS)]),
+        "settings": settings_table(groups, group_labels),
         "settings_title": "Settings that differ",
     }
-    data = {"runs": runs, "panels": panels, "axes": AXES, "bounds": {}, "records": [], "runColours": RUN_COLOURS}
+    data = {"runs": curves, "panels": panels, "axes": AXES, "bounds": {}, "records": []}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, render(f"{len(runs)} runs · open-r1-capo", sections, data))
+    print(out)
 
 
-def _read(folder: RunFolder, settings: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """One run's tables, its summary so far, and a sentence if it has not ended."""
-    rows = folder.metrics()
-    metrics, summary, note = metric_columns(rows), folder.summary, ""
-    if summary is None:
-        note = unfinished(folder, settings, metrics)
-        summary = summarise(settings, rows) if metrics else {}
-    tests = folder.evaluations()
-    return {"label": name, "metrics": metrics, "tests": test_columns(tests)}, summary | _best_test(tests), note
+def group_seeds(runs: list[Run]) -> list[list[Run]]:
+    """Put together the runs whose settings differ in nothing but the seed."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        identity = {key: value for key, value in run.settings.items() if key not in ("seed", *NOT_IDENTITY)}
+        groups.setdefault(json.dumps(identity, sort_keys=True, default=str), []).append(run)
+    return list(groups.values())
 
 
-def _best_test(tests: list[dict[str, Any]]) -> dict[str, Any]:
-    known = [value for test in tests if (value := finite(test.get("test"))) is not None]
+def label_runs(groups: list[list[Run]]) -> tuple[list[str], dict[Run, str]]:
+    """Short names that tell groups and runs apart.
+
+    Returns:
+        A name for each group and one for each run: the recipe, or the folder of outputs/ where it is named after the
+        recipe (it names overrides, too), with scale and seed where they differ; paths where that is not enough.
+    """
+    runs = [run for group in groups for run in group]
+    settings = {run: run.settings for run in runs}
+    differing = [key for key in ("scale", "seed") if len({each.get(key) for each in settings.values()}) > 1]
+    names, labels = {}, {}
+    for run, each in settings.items():
+        folder = run.path.resolve().parent.parent.name
+        names[run] = folder if folder.split(",")[0] == each["recipe"] else each["recipe"]
+        names[run] += f" · {each.get('scale', '?')}" if "scale" in differing else ""
+        labels[run] = names[run] + (f" · seed {each.get('seed', '?')}" if "seed" in differing else "")
+    group_labels = [names[group[0]] for group in groups]
+    if len(set(group_labels)) == len(groups) and len(set(labels.values())) == len(runs):
+        return group_labels, labels
+    root = _common(runs)
+    return [os.path.relpath(_common(group), root) for group in groups], {
+        run: os.path.relpath(_common([run]), root) for run in runs
+    }
+
+
+def _common(runs: list[Run]) -> str:
+    return os.path.commonpath([run.path.resolve() for run in runs])
+
+
+def last_and_best(tests: list[float | None]) -> dict[str, float]:
+    """TEST at the last evaluated step and at its best, as a summary has its numbers."""
+    known = [value for value in tests if value is not None]
     return {"test_last": known[-1], "test_best": max(known)} if known else {}
 
 
-def distinct_labels(folders: list[RunFolder], settings: list[dict[str, Any]]) -> list[str]:
-    """Short names that tell the runs apart.
+def mean_table(tables: list[dict[str, list]]) -> dict[str, list[float | None]]:
+    """The mean of each column that all tables have, at the steps that all have; None where one has no number."""
+    rows = [{step: row for row, step in enumerate(table.get("step", ()))} for table in tables]
+    steps = [step for step in rows[0] if all(step in each for each in rows)]
 
-    Args:
-        folders: of the runs.
-        settings: their resolved recipes.
+    def mean(key: str, step: int) -> float | None:
+        values = [table[key][each[step]] for table, each in zip(tables, rows, strict=True)]
+        return None if None in values else number(statistics.fmean(values))
 
-    Returns:
-        The folder's first part with the recipe (it names overrides, too) where runs are laid out so, and scale and
-        seed where they differ; the whole path where that is not enough.
-    """
-    parts = []
-    for folder, each in zip(folders, settings, strict=True):
-        path = folder.path.resolve().parts
-        laid_out = len(path) > 3 and path[-3].split(",")[0] == each["recipe"]
-        name, scale, seed = (path[-3] if laid_out else each["recipe"]), *label(each).split(" · ")[1:]
-        parts.append((name, scale, seed))
-    varying = [0, *(i for i in (1, 2) if len({part[i] for part in parts}) > 1)]
-    labels = [" · ".join(part[i] for i in varying) for part in parts]
-    return labels if len(set(labels)) == len(labels) else [str(folder.path) for folder in folders]
+    # the standard error of a mean is not the mean of the standard errors
+    keys = [key for key in tables[0] if key != "test_stderr" and all(key in table for table in tables)]
+    return {key: [mean(key, step) for step in steps] for key in keys} if steps else {}
 
 
-def summary_table(labels: list[str], summaries: list[dict[str, Any]]) -> str:
-    """The table of what the runs ended with.
-
-    Args:
-        labels: of the runs.
-        summaries: theirs, {} for a run without a step.
-
-    Returns:
-        HTML.
-    """
-
-    def cells(s: dict[str, Any]) -> list[str]:
-        before, after = s.get("accuracy_before") or {}, s.get("accuracy_after") or {}
-        rejected, kl, scale = s.get("rejected_frac"), s.get("measured_kl"), s.get("step_scale")
-        windows = s.get("reward_windows") or [None]
-        return [
-            text(s.get("steps")),
-            text(s.get("completions")),
-            f"{text(windows[0])} → {text(windows[-1])}",
-            f"{text(before.get('accuracy'))} → {text(after.get('accuracy'))}",
-            text(s.get("accuracy_best")),
-            f"{text(s.get('test_last'))} / {text(s.get('test_best'))}",
-            f"{rejected['mean']:.2%} / {rejected['max']:.2%}" if rejected else "–",
-            f"{kl['mean']:.1e} / {kl['max']:.1e}" if kl else "–",
-            text(scale["mean"]) if scale else "–",
-            text(s.get("training_seconds") or None),
-        ]
-
-    head = [
-        "run", "steps", "completions", "reward, first → last", "held-out, before → after", "best", "TEST, last / best",
-        "rejected, mean / max", "measured KL, mean / max", "rate taken", "seconds",
-    ]  # fmt: skip
-    swatch = '<span class="swatch" style="--colour: var(--c{})"></span>'
-    rows = [
-        [swatch.format(RUN_COLOURS[i % 8]) + text(name), *cells(summary)]
-        for i, (name, summary) in enumerate(zip(labels, summaries, strict=True))
-    ]
-    return table_html(rows, head)
+def result_cells(summaries: list[dict[str, Any]]) -> list[str]:
+    """A row of the results: of one run, or the means over several."""
+    cells = []
+    for _, form, between, *paths in RESULTS:
+        numbers = []
+        for path in paths:
+            known = [value for summary in summaries if (value := _value(summary, path)) is not None]
+            numbers.append(format(statistics.fmean(known), form) if known else "–")
+        cells.append("–" if set(numbers) == {"–"} else between.join(numbers))
+    return cells
 
 
-def settings_table(labels: list[str], settings: list[dict[str, Any]]) -> str:
-    """The table of the settings that are not the same in all runs.
+def _value(summary: Any, path: list[str | int]) -> float | None:
+    for key in path:
+        try:
+            summary = summary[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return finite(summary)
 
-    Args:
-        labels: of the runs.
-        settings: their resolved recipes.
 
-    Returns:
-        HTML.
-    """
-    flat = [_flatten(each) for each in settings]
-    keys = dict.fromkeys(key for each in flat for key in each if key not in NOT_COMPARED)
-    missing = "–"
-    rows = [
-        [text(key), *(html.escape(str(each.get(key, missing))) for each in flat)]
-        for key in keys
-        if len({str(each.get(key, missing)) for each in flat}) > 1
-    ]
+def settings_table(groups: list[list[Run]], labels: list[str]) -> str:
+    """The table of the settings, commit and versions that are not the same in all runs, a column a group."""
+    flat = [[_flatten(run.settings | {"environment": run.environment}) for run in group] for group in groups]
+    rows = []
+    for key in dict.fromkeys(key for group in flat for each in group for key in each if key not in NOT_COMPARED):
+        cells = [dict.fromkeys(str(each.get(key, "–")) for each in group) for group in flat]
+        if len({value for cell in cells for value in cell}) > 1:
+            rows.append([text(key), *(html.escape(", ".join(cell)) for cell in cells)])
     return table_html(rows, ["setting", *labels]) if rows else notes_html(["All settings are the same."])
 
 
@@ -172,28 +194,17 @@ def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the page.
-
-    Args:
-        argv: `--out FILE` and run folders; None takes the process's arguments.
-
-    Returns:
-        0, or 2 if the runs cannot be compared (one sentence says why).
-    """
+    """Write the page of the run folders named; return the exit code."""
     parser = argparse.ArgumentParser(prog="make compare", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("compare.html"))
     parser.add_argument("runs", nargs="*")
     options = parser.parse_args(argv)
-    try:
-        write_comparison(options.runs, options.out)
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {options.out} cannot be written ({error.strerror})", file=sys.stderr)
-        return 2
-    print(options.out)
-    return 0
+
+    def work() -> None:
+        with file_errors():
+            write_comparison(options.runs, options.out)
+
+    return run_cli(work)
 
 
 if __name__ == "__main__":

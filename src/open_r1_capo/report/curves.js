@@ -6,7 +6,6 @@ const HEIGHT = 210;
 class Curves {
   constructor(root, toolbar, data) {
     this.runs = data.runs;
-    this.runColours = data.runColours;
     this.axes = Object.entries(data.axes).filter(([key]) => this.runs.some((run) => run.metrics[key]));
     this.axis = this.axes.length ? this.axes[0][0] : "step";
     this.range = null; // [low, high] when zoomed
@@ -48,8 +47,8 @@ class Curves {
       key,
       run: index,
       label: this.runs.length > 1 ? run.label : key,
-      colour: this.runColours[index % 8],
-      style: index < 8 ? "" : "dashed",
+      colour: run.colour,
+      style: run.style,
       table: "metrics",
       error: "",
     }));

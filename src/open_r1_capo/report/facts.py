@@ -1,9 +1,15 @@
-"""What the page says beside the curves: the result in a few figures, where the time went, and the steps to look at."""
+"""What the page says beside the curves: the result in a few figures, where the time went, and the steps to look at.
+
+`columns` are metric columns: name → a number or None a step.
+"""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from typing import Any
+
+from open_r1_capo.runs.summary import duration
 
 # rows of the paper's Table 1, as far as a step has them: the metric, and what it covers
 TIMES = (
@@ -19,14 +25,12 @@ AROUND = 3  # steps whose mean reward is compared before and after a step
 
 
 def time_breakdown(columns: dict[str, list]) -> list[dict[str, Any]]:
-    """Mean seconds a step, by what they were spent on.
+    """Mean seconds a step, by what they were spent on; empty if no time was logged.
 
-    Args:
-        columns: metric columns.
+    The mean is over all steps, also over those on completions of an earlier one, which spent no time on generating.
 
     Returns:
-        Rows with `name`, `what`, `seconds` and `share` of the total; empty if no time was logged. A step on
-        completions of an earlier one spent no time on generating.
+        Rows with `name`, `what`, `seconds` and `share` of the total.
     """
     total = _known(columns.get("time/total", ()))
     if not total or not sum(total):
@@ -43,9 +47,6 @@ def time_breakdown(columns: dict[str, list]) -> list[dict[str, Any]]:
 def worst_steps(columns: dict[str, list]) -> list[dict[str, Any]]:
     """The steps at which a run is worth looking at.
 
-    Args:
-        columns: metric columns.
-
     Returns:
         Criteria with `name`, `percent` and `steps`, up to WORST pairs (step, value) each, the worst first; a criterion
         that the run has no metric for is left out.
@@ -56,13 +57,13 @@ def worst_steps(columns: dict[str, list]) -> list[dict[str, Any]]:
         ("largest gradient norm", columns.get("grad_norm"), False),
         (f"largest fall of the reward (mean of {AROUND} steps after it − before)", _falls(columns), False),
     )
-    found = []
+    rows = []
     for name, values, percent in criteria:
         points = [(step, v) for step, v in zip(columns.get("step", ()), values or (), strict=False) if v]
         worst = sorted(points, key=lambda point: -abs(point[1]))[:WORST]
         if worst:
-            found.append({"name": name, "percent": percent, "steps": worst})
-    return found
+            rows.append({"name": name, "percent": percent, "steps": worst})
+    return rows
 
 
 def _falls(columns: dict[str, list]) -> list[float | None]:
@@ -77,48 +78,33 @@ def _falls(columns: dict[str, list]) -> list[float | None]:
 
 
 def tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The result in a few figures.
-
-    Args:
-        summary: from `summarise`, or {} before the first step.
-
-    Returns:
-        Triples of a label, a value and a note.
-    """
+    """The result in a few figures: triples of a label, a value and a note; none of an empty summary."""
     if not summary:
         return []
-    found = [("optimizer steps", f"{summary['steps']:,}", f"{summary['completions']:,} completions")]
+    shown = [("optimizer steps", f"{summary['steps']:,}", f"{summary['completions']:,} completions")]
     before, after, best = (summary.get(f"accuracy_{name}") for name in ("before", "after", "best"))
     if before and after:
         note = f"from {before['accuracy']:.3f} ± {before['standard_error']:.3f}"
         note += "" if best is None else f"; best {best:.3f} at step {summary['accuracy_best_step']}"
-        found.append(("held-out accuracy", f"{after['accuracy']:.3f} ± {after['standard_error']:.3f}", note))
-    windows = summary.get("reward_windows")
-    if windows:
-        found.append(("training reward", f"{windows[-1]:.3f}", f"last steps; the first ones {windows[0]:.3f}"))
+        shown.append(("held-out accuracy", f"{after['accuracy']:.3f} ± {after['standard_error']:.3f}", note))
+    if windows := summary.get("reward_windows"):
+        shown.append(("training reward", f"{windows[-1]:.3f}", f"last steps; the first ones {windows[0]:.3f}"))
     for key, label in (("rejected_frac", "tokens rejected"), ("scaled_frac", "tokens scaled down")):
         share = summary.get(key)
         if share and (key == "rejected_frac" or share["max"]):
-            found.append((label, f"{share['mean']:.2%}", f"of a step on average; {share['max']:.2%} at most"))
-    kl, scale = summary.get("measured_kl"), summary.get("step_scale")
-    if kl:
-        found.append(("measured KL of a step", f"{kl['mean']:.1e}", f"nats on average; {kl['max']:.1e} at most"))
-    if scale and scale["min"] < 1:
-        found.append(
-            ("learning rate taken", f"× {scale['mean']:.2f}", f"of the schedule; {scale['min']:.2g} at least")
-        )
+            shown.append((label, f"{share['mean']:.2%}", f"of a step on average; {share['max']:.2%} at most"))
+    if kl := summary.get("measured_kl"):
+        shown.append(("measured KL of a step", f"{kl['mean']:.1e}", f"nats on average; {kl['max']:.1e} at most"))
+    factor = summary.get("step_scale")
+    if factor and factor["min"] < 1:
+        note = f"of the schedule; {factor['min']:.2g} at least"
+        shown.append(("learning rate taken", f"× {factor['mean']:.2f}", note))
     if summary.get("training_seconds"):
         accepted = summary.get("accepted_tokens")
         note = "" if accepted is None else f"{accepted:,} accepted tokens"
-        found.append(("training time", _duration(summary["training_seconds"]), note))
-    return found
+        shown.append(("training time", duration(round(summary["training_seconds"])), note))
+    return shown
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _known(values: Any) -> list[float]:
+def _known(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]

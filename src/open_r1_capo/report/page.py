@@ -12,14 +12,27 @@ import hashlib
 import html
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from open_r1_capo.runs.exit import UserError
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = ("format.js", "curves.js", "panel.js", "scatter.js", "microscope.js", "page.js")
 STYLES = ("style.css", "curves.css", "tokens.css")
 LIMIT = 5_000_000  # bytes of a page
 METRICS_LIMIT = 2_000_000  # bytes of the metrics within it
+
+
+@contextmanager
+def file_errors() -> Iterator[None]:
+    """Turn a file that cannot be read or written into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename2 or error.filename} cannot be read or written ({error.strerror})") from None
 
 
 def render(title: str, sections: dict[str, str], data: dict[str, Any]) -> str:
@@ -82,24 +95,14 @@ def fit_metrics(
     return thinned, f"The run is long: one of {every} steps is drawn ({len(kept):,} of {count:,})."
 
 
-def table_html(rows: list[list[str]], head: list[str], caption: str = "") -> str:
-    """A table; its cells are HTML already.
-
-    Args:
-        rows: of cells; the first one of a row is its header.
-        head: column headers, plain text.
-        caption: plain text.
-
-    Returns:
-        The HTML.
-    """
+def table_html(rows: list[list[str]], head: list[str]) -> str:
+    """A table of cells that are HTML already, under a head of plain text; the first cell of a row is its header."""
     header = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
     lines = (
         f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>' for first, *rest in rows
     )
-    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     body = f"<thead><tr>{header}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    return f'<div class="scroll"><table>{title}{body}</table></div>'
+    return f'<div class="scroll"><table>{body}</table></div>'
 
 
 def notes_html(notes: list[str]) -> str:

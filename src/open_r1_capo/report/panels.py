@@ -7,16 +7,18 @@ evaluated step); a line names a column of one of them, and a panel is a list of 
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from open_r1_capo.runs.summary import WINDOW, finite
+from open_r1_capo.runs.outcomes import WINDOW
+from open_r1_capo.runs.summary import finite
 
 AXES = {
     "completions": "training completions",
     "step": "optimizer steps",
     "accepted_tokens": "training accepted tokens",
 }
+TEST_COLUMNS = ("step", "completions", "accepted_tokens", "test", "test_stderr", "over")  # of eval.jsonl
 TIMES = ("train", "generate", "total", "reward", "measure", "curvature")  # in the colours of the palette
 MEAN = "reward, running mean"
 TAKEN = "learning rate taken"
@@ -31,7 +33,7 @@ class Line:
     Attributes:
         key: its column.
         label: in the legend.
-        colour: index into the page's palette.
+        colour: index into the page's palette, a variable `--c<colour>` of style.css.
         style: words among `thin`, `thick`, `dashed` and `dots` (few points, each marked).
         table: `metrics` or `tests`.
         error: column of its standard error, or empty.
@@ -119,135 +121,105 @@ PANELS = (
     Panel("Rank correlation of m_F with the true KL", (Line("capo/kl_spearman", "Spearman, over tokens", 0),), low=0),
     Panel("Gradient norm before clipping", (Line("grad_norm", "gradient norm", 0),), log=True),
     Panel("Entropy (nats a token)", (Line("entropy", "entropy", 0),), low=0),
-    Panel(
-        "Learning rate",
-        (Line("learning_rate", "scheduled", 2), Line(TAKEN, "taken", 0)),
-        low=0,
-    ),
+    Panel("Learning rate", (Line("learning_rate", "scheduled", 2), Line(TAKEN, "taken", 0)), low=0),
     Panel(
         "Length of completions (tokens)",
         (Line("completions/max_length", "longest", 2, "thin"), Line("completions/mean_length", "mean", 0)),
         low=0,
     ),
-    Panel(
-        "Seconds a step",
-        tuple(Line(f"time/{name}", name, colour) for colour, name in enumerate(TIMES)),
-        low=0,
-    ),
+    Panel("Seconds a step", tuple(Line(f"time/{name}", name, colour) for colour, name in enumerate(TIMES)), low=0),
 )
 
 
-def run_panels(table: dict[str, list], tests: dict[str, list], over: int = 0) -> list[dict[str, Any]]:
-    """The panels that a single run has something for.
-
-    Args:
-        table: its metric columns.
-        tests: its evaluation columns.
-        over: how many test sets TEST is the mean of.
-
-    Returns:
-        Panels as plain data, TEST after the reward.
-    """
+def run_panels(metrics: dict[str, list], tests: dict[str, list]) -> list[dict[str, Any]]:
+    """The panels that a single run has something for, as plain data; TEST follows the reward."""
     panels = list(PANELS)
-    title = f"TEST, mean of {over} test sets"
+    title = f"TEST, mean of {tests.get('over', [0])[-1] or 0} test sets"
     panels.insert(1, Panel(title, (Line("test", "TEST", 1, "dots", "tests", "test_stderr"),)))
     names = [key for key in tests if key.startswith("task ")]
     lines = tuple(Line(key, key.removeprefix("task "), i % 8, "dots", "tests") for i, key in enumerate(names))
     panels.append(Panel("TEST by test set", lines, low=0))
-    return [asdict(panel) for panel in _present(panels, [{"metrics": table, "tests": tests}])]
+    return _present(panels, [{"metrics": metrics, "tests": tests}])
 
 
 def compare_panels(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The panels of several runs: one metric each, a line a run.
+    """The panels that several runs have something for, as plain data: one metric each, a line a run.
 
     Args:
-        runs: objects with `label` and the tables `metrics` and `tests`.
-
-    Returns:
-        Panels as plain data; those that no run has anything for are left out.
+        runs: objects with `label`, `colour`, `style` and the tables `metrics` and `tests`.
     """
 
-    def panel(title: str, line: Line, **options: Any) -> Panel:
-        lines = []
-        for i, run in enumerate(runs):
-            colour, again = RUN_COLOURS[i % 8], " dashed" if i >= 8 else ""
-            lines.append(Line(line.key, run["label"], colour, line.style + again, line.table, line.error, i))
+    def panel(title: str, key: str, style: str = "", table: str = "metrics", error: str = "", **options: Any) -> Panel:
+        lines = (
+            Line(key, run["label"], run["colour"], f"{style} {run['style']}".strip(), table, error, i)
+            for i, run in enumerate(runs)
+        )
         return Panel(title, tuple(lines), **options)
 
     panels = [
-        panel(f"Reward, mean of {WINDOW} steps", Line(MEAN, ""), low=0),
-        panel("Held-out accuracy", Line("accuracy", "", style="dots"), low=0),
-        panel("TEST", Line("test", "", style="dots", table="tests", error="test_stderr")),
-        panel("Tokens rejected, % of all", Line("capo/rejected_frac", ""), low=0, percent=True),
-        panel("Tokens scaled down, % of all", Line("capo/scaled_frac", ""), low=0, percent=True),
-        panel("Largest token's policy shift m_F (nats)", Line("capo/policy_shift/max", ""), log=True),
-        panel("Policy shift of the step (nats)", Line("capo/batch_policy_shift", ""), log=True),
-        panel("Objective shift of the step, absolute", Line("capo/batch_objective_shift", ""), log=True),
-        panel("Measured KL of the update (nats)", Line("capo/measured_kl", ""), log=True),
-        panel("Gradient norm before clipping", Line("grad_norm", ""), log=True),
-        panel("Entropy (nats a token)", Line("entropy", ""), low=0),
-        panel("Learning rate taken", Line(TAKEN, ""), low=0),
-        panel("Mean length of completions (tokens)", Line("completions/mean_length", ""), low=0),
-        panel("Seconds a step", Line("time/total", ""), low=0),
+        panel(f"Reward, mean of {WINDOW} steps", MEAN, low=0),
+        panel("Held-out accuracy", "accuracy", "dots", low=0),
+        panel("TEST", "test", "dots", "tests", "test_stderr"),
+        panel("Tokens rejected, % of all", "capo/rejected_frac", low=0, percent=True),
+        panel("Tokens scaled down, % of all", "capo/scaled_frac", low=0, percent=True),
+        panel("Largest token's policy shift m_F (nats)", "capo/policy_shift/max", log=True),
+        panel("Policy shift of the step (nats)", "capo/batch_policy_shift", log=True),
+        panel("Objective shift of the step, absolute", "capo/batch_objective_shift", log=True),
+        panel("Measured KL of the update (nats)", "capo/measured_kl", log=True),
+        panel("Gradient norm before clipping", "grad_norm", log=True),
+        panel("Entropy (nats a token)", "entropy", low=0),
+        panel("Learning rate taken", TAKEN, low=0),
+        panel("Mean length of completions (tokens)", "completions/mean_length", low=0),
+        panel("Seconds a step", "time/total", low=0),
     ]
-    return [asdict(panel) for panel in _present(panels, runs)]
+    return _present(panels, runs)
 
 
-def _present(panels: list[Panel], runs: list[dict[str, Any]]) -> list[Panel]:
+def _present(panels: list[Panel], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Without the lines that have no points (tokens never scaled count as none), and panels without lines."""
 
     def drawn(line: Line) -> bool:
         column = runs[line.run][line.table].get(line.key, ())
         return any(v is not None and (v or line.key != "capo/scaled_frac") for v in column)
 
-    kept = []
-    for panel in panels:
-        lines = tuple(line for line in panel.lines if drawn(line))
-        if lines:
-            kept.append(Panel(panel.title, lines, panel.log, panel.low, panel.percent))
-    return kept
+    present = (replace(panel, lines=tuple(filter(drawn, panel.lines))) for panel in panels)
+    return [asdict(panel) for panel in present if panel.lines]
+
+
+def drawn_columns(panels: list[dict[str, Any]]) -> set[str]:
+    """The metric columns that a page with these panels needs."""
+    return {line["key"] for panel in panels for line in panel["lines"]} | set(AXES)
 
 
 def metric_columns(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
     """Turn metric lines into columns, with the running mean of the reward and the rate that was taken.
 
-    Args:
-        rows: of metrics.jsonl.
-
     Returns:
         Column name → a number or None a row; what is not a number is left out.
     """
-    rows = [row for row in rows if number(row.get("step")) is not None]
     keys = {key: None for row in rows for key, value in row.items() if number(value) is not None}
     columns = {key: [number(row.get(key)) for row in rows] for key in keys}
     if "reward" in columns:
         columns[MEAN] = _running_mean(columns["reward"])
     if "learning_rate" in columns:
-        scales = columns.get("capo/step_scale", [1.0] * len(rows))
+        factors = columns.get("capo/step_scale", [1.0] * len(rows))
         columns[TAKEN] = [
-            None if rate is None or scale is None else number(rate * scale)
-            for rate, scale in zip(columns["learning_rate"], scales, strict=True)
+            None if rate is None or factor is None else number(rate * factor)
+            for rate, factor in zip(columns["learning_rate"], factors, strict=True)
         ]
     return columns
 
 
 def test_columns(tests: list[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """Turn the lines of eval.jsonl into columns; a test set is `task <name>`.
-
-    Args:
-        tests: of eval.jsonl.
-
-    Returns:
-        Column name → a number or None a line.
-    """
-    tasks = [found if isinstance(found := test.get("tasks"), dict) else {} for test in tests]
+    """Turn the lines of eval.jsonl into columns, a number or None a line; a test set is `task <name>`."""
+    rows = []
+    for test in tests:
+        tasks = test.get("tasks") if isinstance(test.get("tasks"), dict) else {}
+        accuracies = {f"task {name}": task.get("accuracy") for name, task in tasks.items() if isinstance(task, dict)}
+        rows.append({key: test.get(key) for key in TEST_COLUMNS} | accuracies)
     columns = {
-        key: [number(test.get(key)) for test in tests]
-        for key in ("step", "completions", "accepted_tokens", "test", "test_stderr")
+        key: [number(row.get(key)) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)
     }
-    for name in dict.fromkeys(name for found in tasks for name in found):
-        rows = [found.get(name) for found in tasks]
-        columns[f"task {name}"] = [number(row.get("accuracy")) if isinstance(row, dict) else None for row in rows]
     return {key: column for key, column in columns.items() if any(v is not None for v in column)}
 
 

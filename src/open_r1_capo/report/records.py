@@ -1,4 +1,4 @@
-"""Token records of a run, made to fit on a page: <run>/tokens/*.json.gz, which the trainer writes."""
+"""Token records of a run, made to fit on a page."""
 
 from __future__ import annotations
 
@@ -9,34 +9,32 @@ from typing import Any
 
 from open_r1_capo.report.panels import number
 from open_r1_capo.runs.records import TOKEN_COLUMNS, read_record
+from open_r1_capo.runs.run import Run
 
-LABELS = {
-    "first": "first step",
-    "most_rejected": "most tokens rejected",
-    "largest_kl": "largest measured KL",
-}
+LABELS = {"first": "first step", "most_rejected": "most tokens rejected", "largest_kl": "largest measured KL"}
 MOST = 8  # records on a page
 WHOLE = ("step", "lr", "taken_lr", "measured_kl")
 
 
-def read_records(folder: Path, interesting: list[int]) -> tuple[list[dict[str, Any]], list[str]]:
+def read_records(run: Run, interesting: list[int]) -> tuple[list[dict[str, Any]], list[str]]:
     """Read the records that are worth a place on the page.
 
     Args:
-        folder: of the run.
+        run: whose records.
         interesting: steps, the most interesting first; where a record was kept of every step, these are shown.
 
     Returns:
-        Records in the order of their steps, each with `label`; and a sentence for each that cannot be read.
+        Records in the order of their steps, each with `labels`; and a sentence for each that cannot be read.
     """
-    paths = sorted((folder / "tokens").glob("*.json.gz"))
-    named = [path for path in paths if _name(path) in LABELS]
-    others = {path: _step(path) for path in paths if path not in named}
+    paths = sorted(run.records_folder.glob("*.json.gz"))
     ranks = {step: rank for rank, step in enumerate(interesting)}
-    ordered = sorted(others, key=lambda path: (ranks.get(others[path], len(ranks)), others[path]))
+
+    def order(path: Path) -> tuple[bool, float, float]:
+        return _name(path) not in LABELS, ranks.get(_step(path), len(ranks)), _step(path)
+
     records: dict[int, dict[str, Any]] = {}
     notes = []
-    for path in [*named, *ordered]:
+    for path in sorted(paths, key=order):
         if len(records) == MOST:
             break
         try:
@@ -44,10 +42,9 @@ def read_records(folder: Path, interesting: list[int]) -> tuple[list[dict[str, A
         except ValueError as error:
             notes.append(f"tokens/{path.name} cannot be read ({error}).")
             continue
-        label = LABELS.get(_name(path), "")
         whole = {key: number(record.get(key)) for key in WHOLE} | {"completions": record["completions"], "labels": []}
         known = records.setdefault(record["step"], whole)
-        known["labels"] += [label] if label else []
+        known["labels"] += [LABELS[_name(path)]] if _name(path) in LABELS else []
     if len(paths) > MOST:
         notes.append(f"{len(paths)} records were kept; at most {MOST} of them are on this page.")
     return [records[step] for step in sorted(records)], notes
@@ -70,11 +67,11 @@ def fit(records: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
         kept, size = [], len(json.dumps(whole)) + 100
         for position, completion in sorted(enumerate(record["completions"]), key=lambda item: _rank(item[1])):
             clean = _clean(completion) | {"position": position}
-            size += len(json.dumps(clean)) + 2
-            if size > share:
-                size -= len(json.dumps(clean)) + 2
+            length = len(json.dumps(clean)) + 2
+            if size + length > share:
                 break
             kept.append(clean)
+            size += length
         fitted.append(whole | {"completions": kept, "of": len(record["completions"])})
         budget -= size
     return fitted

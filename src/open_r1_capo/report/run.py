@@ -4,160 +4,103 @@ from __future__ import annotations
 
 import html
 import time
-from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from open_r1_capo.report.facts import tiles, time_breakdown, worst_steps
+from open_r1_capo.report.facts import WORST, tiles, time_breakdown, worst_steps
 from open_r1_capo.report.page import LIMIT, embed, fit_metrics, notes_html, render, table_html, text
-from open_r1_capo.report.panels import AXES, RUN_COLOURS, metric_columns, run_panels, test_columns
+from open_r1_capo.report.panels import AXES, drawn_columns, metric_columns, run_panels, test_columns
 from open_r1_capo.report.records import fit, read_records
-from open_r1_capo.runs.exit import UserError
-from open_r1_capo.runs.folder import RunFolder
-from open_r1_capo.runs.run import write_atomically
-from open_r1_capo.runs.summary import summarise
+from open_r1_capo.runs.run import Run, read_lines, write_atomically
+from open_r1_capo.runs.summary import finite, summarise
 
 
-class ReportError(UserError, ValueError):
-    """A folder that no report can be made of; the message is one sentence for the user."""
-
-
-def write_report(folder: RunFolder, settings: dict[str, Any], summary: dict[str, Any] | None) -> None:
+def write_report(run: Run, summary: dict[str, Any] | None = None) -> None:
     """Write report.html, one file that needs no network.
 
     Args:
-        folder: of the run.
-        settings: the resolved recipe.
-        summary: from `summarise`; None for a run that has not ended.
+        run: to report.
+        summary: what it ended with, if summary.json is not written yet.
     """
-    rows, tests = folder.metrics(), folder.evaluations()
-    metrics = metric_columns(rows)
-    status = unfinished(folder, settings, metrics) if summary is None else ""
-    status += " The same command goes on with it; make report draws it again." if status else ""
-    if summary is None:
-        summary = summarise(settings, rows) if metrics else {}
-    run = {"label": label(settings), "metrics": metrics, "tests": test_columns(tests)}
-    panels = run_panels(metrics, run["tests"], tests[-1].get("over", 0) if tests else 0)
+    ended = summary or run.summary
+    curves, summary, notes = read_curves(run, run.label, ended)
+    metrics, settings = curves["metrics"], run.settings
+    if ended is None:
+        notes.append("The same command goes on with it; make report draws it again.")
+    panels = run_panels(metrics, curves["tests"])
     worst = worst_steps(metrics)
-    interesting = [step for rank in range(3) for row in worst for step, _ in row["steps"][rank : rank + 1]]
-    drawn = {line["key"] for panel in panels for line in panel["lines"]} | set(AXES)
-    run["metrics"], thinned = fit_metrics(metrics, drawn, set(interesting))
-    records, notes = read_records(folder.path, interesting)
+    interesting = [step for rank in range(WORST) for row in worst for step, _ in row["steps"][rank : rank + 1]]
+    curves["metrics"], thinned = fit_metrics(metrics, drawn_columns(panels), set(interesting))
+    records, unreadable = read_records(run, interesting)
     sections = {
-        "heading": html.escape(label(settings)),
-        "status": notes_html([status, thinned]),
+        "heading": html.escape(run.label),
+        "status": notes_html([" ".join(notes), thinned]),
         "tiles": tiles_html(summary),
         "worst": worst_html(worst, {record["step"] for record in records}),
         "time": time_html(time_breakdown(metrics)),
-        "token_notes": notes_html(notes + tokens_missing(records, settings)),
-        "settings": f"<pre>{html.escape(settings_text(folder, settings))}</pre>",
+        "token_notes": notes_html(unreadable + ([] if records else [why_no_records(settings)])),
+        "settings": f"<pre>{html.escape(run.config_file.read_text(encoding='utf-8'))}</pre>",
         "settings_title": "Settings",
     }
-    data = {"runs": [run], "panels": panels, "axes": AXES, "runColours": RUN_COLOURS}
-    data |= {"bounds": bounds(settings), "records": []}
+    data = {"runs": [curves], "panels": panels, "axes": AXES, "bounds": bounds(settings), "records": []}
     room = LIMIT - len(render("", sections, data).encode()) - 10_000
     # escaping makes a text longer than its JSON, by as much as five bytes a character: try again with less
     for share in (1.0, 0.8, 0.5, 0.2, 0.0):
         data["records"] = fit(records, int(share * room))
         if len(embed(data["records"])) <= room:
             break
-    write_atomically(folder.report_file, render(f"{label(settings)} · open-r1-capo", sections, data))
+    write_atomically(run.report_file, render(f"{run.label} · open-r1-capo", sections, data))
 
 
-def label(settings: dict[str, Any]) -> str:
-    """What a run is called."""
-    return f"{settings['recipe']} · {settings.get('scale', '?')} · seed {settings.get('seed', '?')}"
-
-
-def read_settings(folder: RunFolder) -> dict[str, Any]:
-    """The settings that a run's folder was made with.
+def read_curves(
+    run: Run, label: str, summary: dict[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Read what a page shows of a run.
 
     Args:
-        folder: of the run.
+        run: to read.
+        label: what the page calls it.
+        summary: what it ended with; None if it has not.
 
     Returns:
-        The content of config.yaml, with the environment.
-
-    Raises:
-        ReportError: it is no run's folder.
+        The run for the page's script, its summary (so far; empty before the first step), and sentences that say how
+        far an unfinished run is and where its metrics are broken.
     """
-    if not folder.path.is_dir():
-        raise ReportError(f"{folder.path} is no run's folder: there is no such folder")
-    try:
-        settings = OmegaConf.to_container(OmegaConf.load(folder.config_file))
-    except (OSError, OmegaConfBaseException, YAMLError, UnicodeDecodeError):
-        settings = None
-    if not isinstance(settings, dict) or "recipe" not in settings:
-        raise ReportError(f"{folder.path} is no run's folder (no config.yaml of a run in it)")
-    return settings
+    lines, notes = read_lines(run.metrics_file), []
+    if summary is None:
+        summary = summarise(run.settings, lines.rows) if lines.rows else {}
+        notes.append(_progress(run, lines.rows))
+    if lines.broken and not lines.last:
+        notes.append(f"Line {lines.broken} of metrics.jsonl is broken; what follows it is not shown.")
+    columns = {"metrics": metric_columns(lines.rows), "tests": test_columns(run.evaluations())}
+    return {"label": label, "colour": 0, "style": "", **columns}, summary, notes
 
 
-def unfinished(folder: RunFolder, settings: dict[str, Any], metrics: dict[str, list]) -> str:
-    """A sentence about a run that has not ended.
-
-    Args:
-        folder: of the run.
-        settings: the resolved recipe.
-        metrics: columns so far.
-
-    Returns:
-        How far it is, and how long ago it wrote its last line.
-    """
-    if not metrics:
+def _progress(run: Run, rows: list[dict[str, Any]]) -> str:
+    """How far an unfinished run is, and how long ago it wrote its last line."""
+    if not rows:
         return "This run has not finished a step yet."
-    planned = settings.get("max_steps")
-    steps = f"step {metrics['step'][-1]:,}" + (f" of {planned:,}" if isinstance(planned, int) and planned > 0 else "")
-    hours = max(0, time.time() - folder.metrics_file.stat().st_mtime) / 3600
+    step = f"step {rows[-1]['step']:,}" + (f" of {run.max_steps:,}" if run.max_steps else "")
+    hours = max(0, time.time() - run.metrics_file.stat().st_mtime) / 3600
     ago = f"{60 * hours:.0f} min" if hours < 2 else f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.0f} days"
-    return f"This run has not ended: it was at {steps}, written {ago} before this page."
+    return f"This run has not ended: it was at {step}, written {ago} before this page."
 
 
 def bounds(settings: dict[str, Any]) -> dict[str, Any]:
-    """δ_F and the interval of m_H, null where they bound nothing.
-
-    Args:
-        settings: the resolved recipe.
-
-    Returns:
-        `policy`, a number or None; `objective`, a pair of numbers or None.
-    """
+    """δ_F as `policy` and the interval of m_H as `objective`, None where nothing bounds them (Eq. 11)."""
     capo = settings.get("capo") or {}
-    if capo.get("mode") not in ("mask", "scale"):
-        return {"policy": None, "objective": [None, None]}
-    high = _finite(capo.get("max_objective_shift"))
-    low = capo.get("min_objective_shift")
-    return {
-        "policy": _finite(capo.get("max_policy_shift")),
-        "objective": [(None if high is None else -high) if low is None else _finite(low), high],
-    }
+    policy, high, low = (
+        finite(capo.get(f"{name}_shift")) for name in ("max_policy", "max_objective", "min_objective")
+    )
+    if capo.get("min_objective_shift") is None:
+        low = None if high is None else -high
+    return {"policy": policy, "objective": [low, high]}
 
 
-def _finite(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if abs(number) < float("inf") else None
-
-
-def tokens_missing(records: list[dict[str, Any]], settings: dict[str, Any]) -> list[str]:
-    """Why there is nothing to show of the tokens, if there is nothing."""
-    if records:
-        return []
-    if (settings.get("capo") or {}).get("mode") in ("off", False):  # YAML's off
-        return ["No token was looked at: capo.mode is off (observe looks and changes nothing)."]
-    return ["The run kept no token records (token_records=notable keeps those of a few steps)."]
-
-
-def settings_text(folder: RunFolder, settings: dict[str, Any]) -> str:
-    """The settings as YAML, with the environment where config.yaml has one."""
-    try:
-        return folder.config_file.read_text(encoding="utf-8")
-    except OSError:
-        return OmegaConf.to_yaml(OmegaConf.create(settings))
+def why_no_records(settings: dict[str, Any]) -> str:
+    """Say why there is nothing to show of the tokens."""
+    if (settings.get("capo") or {}).get("mode") == "off":
+        return "No token was looked at: capo.mode is off (observe looks and changes nothing)."
+    return "The run kept no token records (token_records=notable keeps those of a few steps)."
 
 
 def tiles_html(summary: dict[str, Any]) -> str:
@@ -179,8 +122,7 @@ def worst_html(worst: list[dict[str, Any]], recorded: set[int]) -> str:
         return f'<a href="#step-{step}">step {step}</a> <span class="value">{shown}</span>{tokens}'
 
     rows = [[text(row["name"]), *(cell(*point, row["percent"]) for point in row["steps"])] for row in worst]
-    rows = [row + [""] * (4 - len(row)) for row in rows]
-    return table_html(rows, ["", "worst", "second", "third"])
+    return table_html([row + [""] * (WORST + 1 - len(row)) for row in rows], ["", "worst", "second", "third"])
 
 
 def time_html(rows: list[dict[str, Any]]) -> str:
@@ -196,24 +138,3 @@ def time_html(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     return table_html(cells, ["", "mean s a step", "% of total"])
-
-
-def write_reports(names: list[str]) -> list[tuple[RunFolder, dict[str, Any] | None]]:
-    """Write the reports of run folders.
-
-    Args:
-        names: of the folders.
-
-    Returns:
-        Each folder with its summary, None for a run that has not ended.
-
-    Raises:
-        ReportError: one of them is no run's folder; nothing has been written.
-    """
-    runs = [(folder, read_settings(folder)) for folder in (RunFolder(Path(name)) for name in names)]
-    written = []
-    for folder, settings in runs:
-        summary = folder.summary
-        write_report(folder, settings, summary)
-        written.append((folder, summary))
-    return written

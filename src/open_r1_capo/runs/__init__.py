@@ -1,1 +1,1 @@
-"""What a run leaves behind, and how a command ends. Imports nothing of ours and no torch: reports start at once."""
+"""What a run leaves behind, and how a command ends. Imports nothing of ours and no torch, so reports start at once."""

@@ -21,7 +21,7 @@ HASHED_BYTES = 64 * 2**20  # hashing tens of gigabytes at every save would cost 
 
 
 class CheckpointError(UserError, ValueError):
-    """A checkpoint cannot be continued."""
+    """A checkpoint from which the run cannot go on."""
 
 
 def step_of(checkpoint: Path) -> int:
@@ -29,56 +29,40 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def seal(folder: Path, processes: int = 1) -> None:
-    """Declare a checkpoint folder complete by listing its files; written last and atomically.
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The folders `checkpoint-<step>` in `folder`, complete or not, by step."""
+    return sorted((p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()), key=step_of)
 
-    Args:
-        folder: a checkpoint folder.
-        processes: how many wrote it.
-    """
-    listing = {
-        str(path.relative_to(folder)): _fingerprint(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != SEAL
-    }
-    (folder / (SEAL + ".part")).write_text(
-        json.dumps({"version": VERSION, "processes": processes, "files": listing}, indent=1)
-    )
-    os.replace(folder / (SEAL + ".part"), folder / SEAL)
+
+def seal(folder: Path, processes: int = 1) -> None:
+    """Declare a checkpoint folder, which `processes` have written, complete; the seal is written last, atomically."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    listing = {str(path.relative_to(folder)): _fingerprint(path) for path in files}
+    part = folder / (SEAL + ".part")
+    part.write_text(json.dumps({"version": VERSION, "processes": processes, "files": listing}, indent=1))
+    os.replace(part, folder / SEAL)
 
 
 def find_damage(folder: Path) -> str | None:
     """Say what is wrong with a checkpoint folder, in a few words; None if it is complete."""
     try:
-        listing = json.loads((folder / SEAL).read_text())["files"]
+        listing = dict(json.loads((folder / SEAL).read_text())["files"])
     except FileNotFoundError:
         return "it was cut off while being written"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return f"{SEAL} is unreadable"
     for name, expected in listing.items():
-        path = folder / name
-        if not path.is_file():
+        try:
+            changed = _fingerprint(folder / name) != expected
+        except OSError:
             return f"{name} is missing"
-        if _fingerprint(path) != expected:
+        if changed:
             return f"{name} has changed or is cut off"
     return None
 
 
-def checkpoint_folders(folder: Path) -> list[Path]:
-    """The folders `checkpoint-<step>` in `folder`, complete or not, in the order of their steps."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=step_of)
-
-
 def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
-    """Find the checkpoint to resume from.
-
-    Args:
-        folder: holds `checkpoint-<step>` folders, or does not exist.
-
-    Returns:
-        The newest complete checkpoint (None if there is none) and a sentence for each newer one that is not.
-    """
+    """Find the checkpoint in `folder` to resume from: None if there is none; and a sentence for each unusable one."""
     skipped = []
     for path in reversed(checkpoint_folders(folder)):
         wrong = find_damage(path)
@@ -94,10 +78,10 @@ def check_processes(folder: Path, now: int, allowed: bool) -> str | None:
     Args:
         folder: a complete checkpoint.
         now: processes of this launch.
-        allowed: whether the user accepts another run than the uninterrupted one.
+        allowed: whether the user accepts that the run differs from an uninterrupted one.
 
     Returns:
-        A sentence about what was accepted; None if the numbers are equal or the checkpoint does not tell.
+        A sentence about what was accepted; None if the numbers are equal or the checkpoint does not say.
 
     Raises:
         CheckpointError: the numbers differ, and that is not allowed or, with DeepSpeed's shards, not possible.
@@ -105,15 +89,15 @@ def check_processes(folder: Path, now: int, allowed: bool) -> str | None:
     before = json.loads((folder / SEAL).read_text()).get("processes", now)
     if before == now:
         return None
-    said = f"{folder} was written by {before} process{'es' if before > 1 else ''}, and this launch has {now}"
+    difference = f"{folder} was written by {before} process{'es' if before > 1 else ''}, and this launch has {now}"
     if any(folder.glob("global_step*")):
-        raise CheckpointError(f"{said}: DeepSpeed's shards fit their own number alone, so launch {before}")
+        raise CheckpointError(f"{difference}: DeepSpeed's shards fit their own number alone, so launch {before}")
     if not allowed:
         raise CheckpointError(
-            f"{said}: they would draw other completions, so it would not be the same run; launch {before}, or accept "
-            "that with allow_other_processes=true"
+            f"{difference}: they would draw other completions, so it would not be the same run; launch {before}, or "
+            "accept that with allow_other_processes=true"
         )
-    return f"{said}: from here on it is not exactly the uninterrupted run"
+    return f"{difference}: from here on it is not exactly the uninterrupted run"
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How a command ends: exit codes, the signals that stop a run, and one sentence for a user's mistake."""
+"""How a command ends: exit codes, the signals that stop a run, and the error whose message is for the user."""
 
 from __future__ import annotations
 
@@ -17,14 +17,11 @@ class UserError(Exception):
 
 
 def run_cli(command: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-    """Run a command, and turn a user's mistake or Ctrl-C into one sentence and an exit code.
+    """Run a command and return its exit code; a `UserError` or Ctrl-C becomes one line on stderr.
 
     Args:
         command: does the work; None stands for 0.
-        interrupted: what Ctrl-C leaves behind, for the user.
-
-    Returns:
-        The process's exit code.
+        interrupted: printed after Ctrl-C.
     """
     try:
         return command() or 0

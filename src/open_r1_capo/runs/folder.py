@@ -14,13 +14,14 @@ A folder belongs to the settings it was made with: the same settings resume it, 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import platform
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -30,19 +31,9 @@ from omegaconf import OmegaConf
 
 from open_r1_capo.runs.checkpoints import newest_complete
 from open_r1_capo.runs.exit import UserError
-from open_r1_capo.runs.run import Run, RunError, write_atomically
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes in one folder go unnoticed
-    fcntl = None
+from open_r1_capo.runs.run import NOT_IDENTITY, Run, RunError, write_atomically
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "math-verify", "open-r1-capo")
-# where a run is written, how it is watched, or where its server is, does not make it another run; nor does the name of
-# a group of settings that are compared themselves
-NOT_IDENTITY = ("overwrite", "output_root", "report_to", "run_name", "num_threads", "token_records", "generation")
-NOT_IDENTITY += ("allow_other_processes", "method", "rule", "regime")
-NOT_IDENTITY += tuple(f"vllm_{name}" for name in ("server_base_url", "server_host", "server_port", "group_port"))
 
 
 class RunFolderError(UserError, RuntimeError):
@@ -50,11 +41,7 @@ class RunFolderError(UserError, RuntimeError):
 
 
 class RunFolder(Run):
-    """A run's folder, for the process that trains in it: locked, and made or taken over as a whole.
-
-    Args:
-        path: where it is; created by `claim`.
-    """
+    """A run's folder, for the process that trains in it: locked, and made or taken over as a whole by `claim`."""
 
     def __init__(self, path: Path | str):
         super().__init__(path)
@@ -82,6 +69,24 @@ class RunFolder(Run):
                     f"{self.path} belongs to a run with other settings ({', '.join(differing)}; {key} was {theirs!r}, "
                     f"now {ours!r}): choose another output_root, or throw the old run away with OVERWRITE=1"
                 )
+
+    def differences(self, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Compare the folder's settings with a resolved recipe's, as far as they make a run what it is.
+
+        Returns:
+            Theirs and ours, by key, where they differ.
+
+        Raises:
+            RunFolderError: the folder holds something else than a run.
+        """
+        try:
+            theirs, ours = self.settings, OmegaConf.to_container(OmegaConf.create(settings))
+        except RunError:
+            raise RunFolderError(
+                f"{self.path} holds files of something else (no config.yaml of a run): choose another output_root"
+            ) from None
+        keys = sorted((ours.keys() | theirs.keys()) - set(NOT_IDENTITY))
+        return {key: (theirs.get(key), ours.get(key)) for key in keys if theirs.get(key) != ours.get(key)}
 
     @contextmanager
     def claim(self, settings: dict[str, Any], overwrite: bool) -> Iterator[tuple[Path | None, list[str]]]:
@@ -129,12 +134,11 @@ class RunFolder(Run):
         shutil.rmtree(aside, ignore_errors=True)
 
     def _make(self, settings: dict[str, Any]) -> None:
-        """Put a new folder in its place, which is locked and says what it is from the start: the first maker wins."""
+        """Put a new folder in its place, complete and locked before anyone sees it: the first maker wins."""
         new = RunFolder(self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}"))
         new.path.mkdir(parents=True)
         try:
-            content = OmegaConf.create({**settings, "environment": environment()})
-            write_atomically(new.config_file, OmegaConf.to_yaml(content))
+            write_atomically(new.config_file, OmegaConf.to_yaml({**settings, "environment": environment()}))
             new._take_lock()
             os.rename(new.path, self.path)
         except OSError as error:
@@ -146,8 +150,6 @@ class RunFolder(Run):
 
     def _take_lock(self) -> None:
         """Keep other runs out until `release`, or until this process ends, however it ends."""
-        if fcntl is None:
-            return
         self._lock = self.config_file.open("r+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -162,54 +164,39 @@ class RunFolder(Run):
     def append_evaluation(self, row: dict[str, Any]) -> None:
         """Add the TEST line of a step, in the place of an earlier one of that step or of later ones."""
         rows = [old for old in self.evaluations() if old["step"] < row["step"]]
-        write_atomically(self.evaluations_file, "".join(json.dumps(one) + "\n" for one in [*rows, row]))
+        write_atomically(self.evaluations_file, _json_lines([*rows, row]))
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one optimizer step's metrics, durable at once."""
         with self.metrics_file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(_json_lines([row]))
             file.flush()
             os.fsync(file.fileno())
 
     def trim_metrics(self, step: int) -> None:
         """Forget the metrics after the step that the run continues from: they will be written again."""
         if self.metrics_file.is_file():
-            rows = [row for row in self.metrics() if row["step"] <= step]
-            write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
+            write_atomically(self.metrics_file, _json_lines(row for row in self.metrics() if row["step"] <= step))
 
-    def _their_settings(self) -> dict[str, Any]:
-        try:
-            return self.settings
-        except RunError:
-            raise RunFolderError(
-                f"{self.path} holds files of something else (no config.yaml of a run): choose another output_root"
-            ) from None
 
-    def differences(self, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Compare the settings that make a run what it is.
-
-        Args:
-            settings: a resolved recipe.
-
-        Returns:
-            Theirs and ours, by key, where they differ.
-
-        Raises:
-            RunFolderError: the folder holds something else than a run.
-        """
-        theirs, ours = self._their_settings(), OmegaConf.to_container(OmegaConf.create(settings))
-        keys = sorted((ours.keys() | theirs.keys()) - set(NOT_IDENTITY))
-        return {key: (theirs.get(key), ours.get(key)) for key in keys if theirs.get(key) != ours.get(key)}
+def _json_lines(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def environment() -> dict[str, Any]:
     """What else determines a run: the commit, the versions, the machine's kind."""
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True)
     return {
-        "commit": git.stdout.strip() or "unknown",
+        "commit": _commit(),
         "python": platform.python_version(),
         "processor": platform.processor() or platform.machine(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         **{name: version(name) for name in PACKAGES},
     }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:  # no git on this machine
+        return "unknown"

@@ -27,15 +27,9 @@ def best_accuracy(rewards: Sequence[float]) -> float:
 
 
 def base_accuracy(runs: Iterable[Sequence[float]]) -> float:
-    """Estimate the policy's accuracy before training: the mean reward of the first step, over the runs of one scale.
+    """Estimate the accuracy before training, over the rewards of each run of one scale; NaN without runs.
 
-    The first step's completions are the base policy's, whatever the method.
-
-    Args:
-        runs: the rewards of each run.
-
-    Returns:
-        The mean; NaN without runs.
+    It is the mean reward of the first step, whose completions are the base policy's whatever the method.
     """
     first = [rewards[0] for rewards in runs if rewards and not math.isnan(rewards[0])]
     return statistics.fmean(first) if first else math.nan

@@ -31,9 +31,6 @@ def read_record(path: Path, required: Sequence[str] = REQUIRED) -> dict[str, Any
         path: a `.json.gz` file.
         required: the columns that every completion must have.
 
-    Returns:
-        The record.
-
     Raises:
         ValueError: it cannot be read, or is no such record; the message says what is wrong with it.
     """
@@ -60,5 +57,5 @@ def read_record(path: Path, required: Sequence[str] = REQUIRED) -> dict[str, Any
 
 
 def _fits(column: Any, length: int) -> bool:
-    known = isinstance(column, list) and len(column) == length
-    return known and all(isinstance(value, int | float | None) for value in column)
+    right_length = isinstance(column, list) and len(column) == length
+    return right_length and all(isinstance(value, int | float | None) for value in column)

@@ -18,6 +18,13 @@ from open_r1_capo.runs.exit import UserError
 
 # what every summary.json has; further keys depend on the run
 SUMMARY = ("recipe", "scale", "seed", "steps", "completions", "reward_windows", "accuracy_before", "accuracy_after")
+# where a run is written, how it is watched, or where its server is, does not make it another run; nor does the name of
+# a group of settings that are compared themselves
+NOT_IDENTITY = (
+    "overwrite", "output_root", "report_to", "run_name", "num_threads", "token_records",
+    "method", "rule", "regime", "generation",
+    "allow_other_processes", "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_group_port",
+)  # fmt: skip
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where libyaml is
 
 
@@ -43,7 +50,7 @@ class Lines:
 class Run:
     """A run's folder and what is in it; nothing is read before it is asked for.
 
-    Attributes:
+    Args:
         path: the folder, `outputs/<recipe>/<scale>/seed<seed>`.
     """
 
@@ -58,12 +65,15 @@ class Run:
         if not self.path.is_dir():
             raise RunError(f"run folder not found: {self.path}")
         try:
-            found = yaml.load(self.config_file.read_text(encoding="utf-8"), LOADER)
-        except (OSError, yaml.YAMLError, UnicodeDecodeError):
-            found = None
-        if not isinstance(found, dict) or "recipe" not in found:
+            config = yaml.load(self.config_file.read_text(encoding="utf-8"), LOADER)
+        except (OSError, ValueError, yaml.YAMLError):
+            config = None
+        if not isinstance(config, dict) or "recipe" not in config:
             raise RunError(f"{self.path} is not a run folder: it has no readable config.yaml of a run")
-        return found
+        capo = config.get("capo")
+        if isinstance(capo, dict) and capo.get("mode") is False:
+            capo["mode"] = "off"  # unquoted in YAML, off is false
+        return config
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -97,7 +107,7 @@ class Run:
         return summary if isinstance(summary, dict) and summary.keys() >= set(SUMMARY) else None
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All metric lines so far, one an optimizer step; a last line that was cut off is left out."""
+        """The metric lines, one an optimizer step, up to the first one that is broken or cut off."""
         return read_lines(self.metrics_file).rows
 
     def rewards(self) -> list[float]:
@@ -105,17 +115,17 @@ class Run:
         return [row["reward"] for row in self.metrics() if row.get("reward") is not None]
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """TEST, a line an evaluated step in the order of the steps; empty if it was never measured."""
+        """TEST, one line an evaluated step, by step; empty if it was never measured."""
         return sorted(read_lines(self.evaluations_file).rows, key=lambda row: row["step"])
 
     def checkpoints(self) -> list[Path]:
-        """The complete checkpoints, in the order of their steps."""
+        """The complete checkpoints, by step."""
         return [path for path in checkpoint_folders(self.checkpoint_folder) if find_damage(path) is None]
 
 
 def read_lines(path: Path) -> Lines:
     """Read a JSON-lines file that may be missing, or cut off while a line was written."""
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:

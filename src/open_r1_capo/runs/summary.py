@@ -6,9 +6,16 @@ import math
 import statistics
 from typing import Any
 
+from open_r1_capo.runs.outcomes import WINDOW
 from open_r1_capo.runs.run import Run
 
-WINDOW = 10  # steps of a reward window
+# name in the summary → metric whose mean, largest and smallest value it holds
+SPREADS = {
+    "rejected_frac": "capo/rejected_frac",
+    "scaled_frac": "capo/scaled_frac",
+    "measured_kl": "capo/measured_kl",
+    "step_scale": "capo/step_scale",
+}
 
 
 def finite(value: Any) -> float | int | None:
@@ -24,16 +31,13 @@ def summarise(
     before: dict[str, float] | None = None,
     after: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """What the run ended with.
+    """Put together the content of summary.json.
 
     Args:
         settings: the resolved recipe.
-        rows: all metric lines; what is not a number is left out.
+        rows: all metric lines, at least one; what is not a number is left out.
         before: held-out accuracy of the base policy, with its standard error and n.
         after: the same at the end.
-
-    Returns:
-        The content of summary.json.
     """
 
     def known(key: str) -> list[float]:
@@ -46,36 +50,24 @@ def summarise(
         "steps": rows[-1]["step"],
         "completions": max(known("completions"), default=0),
         "accepted_tokens": max(known("accepted_tokens"), default=None),
-        "reward_windows": [round(w, 4) for w in windows],
+        "reward_windows": [round(window, 4) for window in windows],
         "accuracy_before": before,
         "accuracy_after": after,
         # of all calls that it took, without what was done between the steps
         "training_seconds": round(sum(known("time/total")), 1),
     }
-    measured = {row["step"]: value for row in rows if (value := finite(row.get("accuracy"))) is not None}
-    if measured:
-        best = max(measured, key=measured.get)
-        summary |= {"accuracy_best": measured[best], "accuracy_best_step": best}
-    for name, key in (
-        ("rejected_frac", "capo/rejected_frac"),
-        ("scaled_frac", "capo/scaled_frac"),
-        ("measured_kl", "capo/measured_kl"),
-        ("step_scale", "capo/step_scale"),
-    ):
+    accuracies = {row["step"]: value for row in rows if (value := finite(row.get("accuracy"))) is not None}
+    if accuracies:
+        best = max(accuracies, key=accuracies.get)
+        summary |= {"accuracy_best": accuracies[best], "accuracy_best_step": best}
+    for name, key in SPREADS.items():
         if values := known(key):
             summary[name] = {"mean": statistics.fmean(values), "max": max(values), "min": min(values)}
     return summary
 
 
 def summary_lines(run: Run) -> list[str]:
-    """The result for the terminal.
-
-    Args:
-        run: one that has ended.
-
-    Returns:
-        A few lines.
-    """
+    """The result of a run that has ended, as lines for the terminal."""
     s = run.summary
     lines = [f"{s['recipe']} on {s['scale']}, seed {s['seed']}: {s['steps']} steps, {s['completions']:,} completions"]
     if s["accuracy_before"] and s["accuracy_after"]:
@@ -105,6 +97,8 @@ def summary_lines(run: Run) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """A time for people, such as `3 min 07 s`."""
+    """A time for people, such as `3 min 07 s` or `2 h 05 min`."""
     minutes, rest = divmod(math.ceil(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

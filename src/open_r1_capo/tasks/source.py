@@ -58,10 +58,12 @@ class ProblemSource(ABC):
         reads: the settings of `data` that this source reads, beside `name`, `path` and `max_prompt_tokens`; others
             are refused.
         measured: whether it has held-out problems, so that `evaluation.problems` and `evaluation.suite` can be set.
+        longest_prompt: tokens of its longest prompt with the template; None where the problems do not fix it.
     """
 
     reads: ClassVar[frozenset[str]]
     measured: ClassVar[bool] = False
+    longest_prompt: ClassVar[int | None] = None
 
     def check(self, data: Any) -> None:  # noqa: B027 (most sources have nothing to refuse)
         """Refuse settings of `data` that the source cannot serve: ValueError, beginning with the setting's name."""
@@ -120,7 +122,7 @@ class LabPolicy(PolicySource):
         from open_r1_capo.tasks.lab.tokenizer import build_tokenizer
 
         return {
-            "model_type": "lab policy",
+            "model_type": "qwen2",
             "num_hidden_layers": settings.layers,
             "hidden_size": settings.hidden_size,
             "intermediate_size": settings.intermediate_size,
@@ -150,6 +152,7 @@ class LabProblems(ProblemSource):
 
     reads = frozenset({"problems", "variant"})
     measured = True
+    longest_prompt = 16
 
     def check(self, data: Any) -> None:
         """Refuse an unknown variant."""

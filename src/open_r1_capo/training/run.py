@@ -157,7 +157,7 @@ def fill(
 
     # --- the result --------------------------------------------------------------------------------------------------
     summary = summarise(settings, folder.metrics(), before, after)
-    write_report(folder, settings, summary)
+    write_report(folder, summary)
     write_atomically(folder.summary_file, json.dumps(summary, indent=2) + "\n")
     print("\n".join(summary_lines(folder)))
 

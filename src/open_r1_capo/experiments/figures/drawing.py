@@ -89,14 +89,7 @@ class Result:
 
 
 def look(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """Choose colour and dashes: by method if every line is another known one, otherwise in order.
-
-    Args:
-        lines: of the figure.
-
-    Returns:
-        For each line, keyword arguments of `Axes.plot`.
-    """
+    """Colour and dashes of each line for `Axes.plot`: by method if every one is known and unique, else in order."""
     recipes = {line.arm.label: line.arm.recipe for line in lines}  # the arms of a grid share label and looks
     known = len(set(recipes.values())) == len(recipes) and set(recipes.values()) <= STYLES.keys()
     pairs = {
@@ -107,16 +100,7 @@ def look(lines: Sequence[Line]) -> list[dict[str, Any]]:
 
 
 def curve(line: Line, panel: Panel, smooth: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Take an arm's line in a panel.
-
-    Args:
-        line: the arm's runs.
-        panel: what is drawn.
-        smooth: weight of the moving average; 0 for none.
-
-    Returns:
-        x (S,), the mean over seeds (S,) and its standard error (S,), at the steps that all seeds have.
-    """
+    """An arm's x (S,), mean over seeds (S,) and its standard error (S,), at the steps that all seeds have."""
     weight, series = (smooth if panel.smooth and panel.key != TEST else 0.0), []
     for run in line.runs:
         steps, values = run.series(panel.key)
@@ -128,17 +112,7 @@ def curve(line: Line, panel: Panel, smooth: float) -> tuple[np.ndarray, np.ndarr
 
 
 def draw_panel(axis: Axes, data: Data, panel: Panel, smooth: float) -> list[dict[str, Any]]:
-    """Draw every arm that a panel shows.
-
-    Args:
-        axis: where.
-        data: the figure's runs.
-        panel: what.
-        smooth: weight of the moving average.
-
-    Returns:
-        What was drawn: label, n, x, mean and se of each arm.
-    """
+    """Draw every arm that a panel shows; returns label, n, x, mean and se of each."""
     drawn = []
     for line, style in zip(data.lines, look(data.lines), strict=True):
         if not panel.shows(line):
@@ -164,13 +138,7 @@ def draw_panel(axis: Axes, data: Data, panel: Panel, smooth: float) -> list[dict
 
 
 def scale_axes(axis: Axes, panel: Panel, drawn: Sequence[Mapping[str, Any]]) -> None:
-    """Set the scales: a horizontal logarithm where the arms' lengths differ, the vertical one of the panel.
-
-    Args:
-        axis: of the panel.
-        panel: its vertical scale.
-        drawn: from `draw_panel`.
-    """
+    """Set the scales: a horizontal logarithm where the arms of `draw_panel` differ in length, the panel's vertical."""
     places, first = [arm["x"] for arm in drawn if len(arm["x"])], 0
     if places and max(x[-1] for x in places) > 2.5 * min(x[-1] for x in places):  # else short arms are squeezed
         x = np.concatenate(places)
@@ -203,13 +171,13 @@ def thousands(x: float) -> str:
 
 
 def draw(data: Data, panels: Sequence[Panel], columns: int, smooth: float) -> Result:
-    """Draw a figure of panels in rows.
+    """Draw a figure of curves.
 
     Args:
         data: the figure's runs.
         panels: row by row.
         columns: panels a row.
-        smooth: weight of the moving average; 0 for none.
+        smooth: weight of the moving average over steps; 0 for none.
 
     Returns:
         The figure and its numbers.
@@ -234,53 +202,40 @@ def draw(data: Data, panels: Sequence[Panel], columns: int, smooth: float) -> Re
 
 
 def note(data: Data, panels: Sequence[Panel], smooth: float) -> str:
-    """Say what the lines are: smoothing, seeds, the shaded error, and the paper's marks.
-
-    Args:
-        data: the figure's runs.
-        panels: of the figure.
-        smooth: weight of the moving average.
-
-    Returns:
-        The sentence below the figure.
-    """
-    smoothed = [panel for panel in panels if panel.smooth and panel.key != TEST]
-    text = f"moving average over steps, weight {smooth:g}" if smooth and smoothed else "not smoothed"
-    if smooth and smoothed and len(smoothed) < len(panels):
+    """The sentence below a figure of curves: smoothing, seeds, the shaded error, and the paper's marks."""
+    smoothed = [panel for panel in panels if smooth and panel.smooth and panel.key != TEST]
+    text = f"exponential moving average over steps, weight {smooth:g}" if smoothed else "not smoothed"
+    if smoothed and len(smoothed) < len(panels):
         titles = ", ".join(panel.title for panel in smoothed)
         text += " (not TEST)" if all(panel.smooth or panel.key == TEST for panel in panels) else f" ({titles})"
     error = " ± standard error" if any(len(line.runs) > 1 for line in data.lines) else ""
-    text = (
-        f"{data.experiment.scale}; exponential {text}" if smooth and smoothed else f"{data.experiment.scale}; {text}"
-    )
-    text += f"; mean{error}, {data.seeds}"
     paper = data.experiment.scale == published.SCALE and any(panel.published for panel in panels)
-    return text + ("; ◇ read off the paper" if paper else "")
+    marks = "; ◇ read off the paper" if paper else ""
+    return f"{data.experiment.scale}; {text}; mean{error}, {data.seeds}{marks}"
+
+
+def scale_and_seeds(data: Data) -> str:
+    """The sentence below a figure that is none of curves."""
+    return f"{data.experiment.scale}; {data.seeds}"
 
 
 def finish(figure: Figure, data: Data, text: str) -> None:
-    """Add one legend of all lines, and the sentence below.
-
-    Args:
-        figure: with its panels drawn.
-        data: the figure's runs.
-        text: from `note`.
-    """
-    found = {}
+    """Add one legend of all lines, and the sentence `text` below."""
+    handles = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    order = [line.arm.label for line in data.lines if line.arm.label in found]
-    order = list(dict.fromkeys([*order, *found]))
+            handles.setdefault(label, handle)
+    order = [line.arm.label for line in data.lines if line.arm.label in handles]
+    order = list(dict.fromkeys([*order, *handles]))
     width = figure.get_size_inches()[0]
     longest = max(map(len, order), default=1)
     columns = max(1, min(len(order), int(width / (0.075 * longest + 0.62))))
-    figure.legend([found[label] for label in order], order, loc="outside upper left", ncols=columns)
+    figure.legend([handles[label] for label in order], order, loc="outside upper left", ncols=columns)
     caption(figure, text)
 
 
 def caption(figure: Figure, text: str) -> None:
-    """Put a sentence below a figure, small."""
+    """Put a sentence below a figure, in small print."""
     figure.supxlabel(text, fontsize=7, color="#444444", x=0.01, ha="left", wrap=True)
 
 
@@ -315,16 +270,7 @@ def thinned(numbers: dict[str, Any], every: int) -> dict[str, Any]:
 
 
 def save(result: Result, name: str, out: Path) -> list[Path]:
-    """Write <name>.png, .svg, .md and .json, as far as there is something for them.
-
-    Args:
-        result: of a figure's function.
-        name: the figure's.
-        out: folder; created.
-
-    Returns:
-        What was written.
-    """
+    """Write <name>.png, .svg, .md and .json into `out`, as far as there is something for them; returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     if result.figure is not None:

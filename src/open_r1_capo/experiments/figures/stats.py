@@ -1,7 +1,6 @@
-"""The statistics of figures and tables: means over seeds, intervals, rank correlation, the cost of a target.
+"""The statistics that compare runs: means over seeds, intervals, rank correlation, the cost of a target.
 
-Plain numpy; named `stats` because a script's folder comes first on the import path and torch imports `statistics`.
-What became of one run is `open_r1_capo.runs.outcomes`' to say; here is what compares runs.
+What became of one run is decided by `open_r1_capo.runs.outcomes`.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import numpy as np
 from open_r1_capo.runs import outcomes
 
 DRAWS = 1000  # bootstrap resamples
+LEVEL = 0.95  # coverage of the intervals
 
 
 def ema(values: Sequence[float], weight: float) -> np.ndarray:
@@ -63,10 +63,9 @@ def bootstrap(
     seeds: Sequence[np.ndarray],
     statistic: Callable[[Sequence[np.ndarray]], float],
     steps: bool = False,
-    level: float = 0.95,
     draws: int = DRAWS,
 ) -> tuple[float, float]:
-    """Take a percentile bootstrap interval over seeds, and over the steps within each if asked.
+    """Take a 95 % percentile bootstrap interval over seeds, and over the steps within each if asked.
 
     The steps of a run depend on each other, so that an interval over few seeds and many steps is too narrow rather
     than too wide. Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13.
@@ -75,7 +74,6 @@ def bootstrap(
         seeds: one array for each seed; its rows are the steps.
         statistic: a number from such a list; ±∞ is allowed, NaN leaves the resample out.
         steps: resample the rows of each drawn seed as well.
-        level: the interval's coverage.
         draws: resamples; the generator is seeded, so that the same data give the same interval.
 
     Returns:
@@ -84,28 +82,21 @@ def bootstrap(
     rng = np.random.default_rng(0)
     if len(seeds) < 2 and not (steps and len(seeds) == 1 and len(seeds[0]) > 1):
         return float("nan"), float("nan")
-    found = []
+    values = []
     for _ in range(draws):
         drawn = [seeds[i] for i in rng.integers(len(seeds), size=len(seeds))]
         if steps:
             drawn = [rows[rng.integers(len(rows), size=len(rows))] for rows in drawn]
-        found.append(statistic(drawn))
-    found = np.array(found)[~np.isnan(found)]
-    if not len(found):
+        values.append(statistic(drawn))
+    known = np.array(values)[~np.isnan(values)]
+    if not len(known):
         return float("nan"), float("nan")
-    ends = np.quantile(found, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+    ends = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
     return float(ends[0]), float(ends[1])
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
-    """Rank the values from 1; equal ones share the mean of their places.
-
-    Args:
-        values: (N,), without NaN.
-
-    Returns:
-        (N,) float64.
-    """
+    """Rank (N,) values without NaN from 1; equal ones share the mean of their places."""
     _, inverse, count = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
     last = np.cumsum(count)
     return ((2 * last - count + 1) / 2)[inverse]

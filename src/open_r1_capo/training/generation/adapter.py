@@ -1,17 +1,18 @@
 """Between TRL's trainer and a backend: weights go out, completions come in, and a backend that is gone ends the run.
 
-`CPUGeneration` stands where TRL's `VLLMGeneration` does and keeps that class's walk over the parameters, which gathers
-the shards of DeepSpeed and FSDP.
+`CPUGeneration` replaces TRL's `VLLMGeneration` and keeps its walk over the parameters, which gathers the shards of
+DeepSpeed and FSDP.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,8 +61,6 @@ class CPUGeneration(VLLMGeneration):
     def _init_vllm(self) -> None:
         self._together(self.backend.start)
 
-    # --- TRL's two calls ---------------------------------------------------------------------------------------------
-
     def sync_weights(self) -> None:
         """Hand the policy's weights to the backend; after the first time, check that it computes what we do."""
         weights = self.folder / f"rank{self.accelerator.process_index}"
@@ -82,24 +81,16 @@ class CPUGeneration(VLLMGeneration):
     def generate(
         self, prompts: list[list[int]], images: Any, num_generations: int, profiler: Any = None
     ) -> tuple[list, list, list, None]:
-        """Draw a completion of every prompt of this process.
-
-        Args:
-            prompts: token ids, each of a group's as often as the group has completions.
-            images: none; for TRL.
-            num_generations: the group's size; not needed, as the prompts stand repeated.
-            profiler: for TRL.
+        """Draw a completion of every prompt (token ids) of this process; TRL's other arguments are not needed.
 
         Returns:
             Prompt ids, completion ids, log-probabilities (completions × tokens × 1, None where unknown), and None.
         """
         del images, num_generations, profiler
         with _saving(self.trainer):
-            found = self._draw(prompts, self.sampling, self._next_seed())
-        logps = [[[None if value != value else value] for value in one.logps] for one in found]
-        return prompts, [one.ids for one in found], logps, None
-
-    # --- how ---------------------------------------------------------------------------------------------------------
+            completions = self._draw(prompts, self.sampling, self._next_seed())
+        logps = [[[None if value != value else value] for value in one.logps] for one in completions]
+        return prompts, [one.ids for one in completions], logps, None
 
     @property
     def _mine(self) -> bool:
@@ -112,13 +103,13 @@ class CPUGeneration(VLLMGeneration):
         if not self.backend.shared:
             return self._together(lambda: self.backend.generate(prompts, sampling, seed + first))
         everybody = gather_object(prompts)
-        found = [self._together(lambda: self.backend.generate(everybody, sampling, seed))]
+        completions = [self._together(lambda: self.backend.generate(everybody, sampling, seed))]
         if self.accelerator.num_processes > 1:
-            broadcast_object_list(found, from_process=0)
-        return found[0][first : first + len(prompts)]
+            broadcast_object_list(completions, from_process=0)
+        return completions[0][first : first + len(prompts)]
 
     def _together(self, action: Callable[[], Result]) -> Result | None:
-        """Do something where there is a backend; if it fails in one process, all of them stop."""
+        """Call `action` where there is a backend; if it fails in one process, all of them stop."""
         result = failure = None
         if self._mine:
             try:
@@ -144,13 +135,13 @@ class CPUGeneration(VLLMGeneration):
         """
         vocabulary = self.trainer.model.config.get_text_config().vocab_size
         prompt = [(7 * i + 3) % vocabulary for i in range(8)]
-        (found,) = self._draw([prompt], Sampling(8, self.trainer.temperature), seed=0)
-        ids = torch.tensor([prompt + found.ids], device=self.accelerator.device)
+        (drawn,) = self._draw([prompt], Sampling(8, self.trainer.temperature), seed=0)
+        ids = torch.tensor([prompt + drawn.ids], device=self.accelerator.device)
         with torch.no_grad():
             logps, *_ = self.trainer._get_per_token_logps_and_entropies(
-                self.trainer.model, ids, torch.ones_like(ids), len(found.ids)
+                self.trainer.model, ids, torch.ones_like(ids), len(drawn.ids)
             )
-        difference = float((logps[0].cpu() - torch.tensor(found.logps)).abs().mean())
+        difference = float((logps[0].cpu() - torch.tensor(drawn.logps)).abs().mean())
         limit = CLOSE[torch.bfloat16 if self.trainer.args.bf16 else torch.float32]
 
         def judge() -> None:
@@ -165,40 +156,28 @@ class CPUGeneration(VLLMGeneration):
 
 
 def completion_seed(seed: int, step: int, call: int) -> int:
-    """The seed of the first completion that is drawn; the i-th has this plus i.
+    """The seed of the first completion of a run's step and call (from 0); the i-th has this plus i.
 
-    Args:
-        seed: of the run.
-        step: optimizer steps done.
-        call: of this step's generations, from 0.
-
-    Returns:
-        A number below 2**31 - 2**20, so that a million completions still fit 31 bits.
+    It is below 2**31 - 2**20, so that the seeds of a million completions still fit 31 bits.
     """
     digest = hashlib.sha256(f"{seed}/{step}/{call}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % (2**31 - 2**20)
 
 
-class _saving:
+@contextlib.contextmanager
+def _saving(trainer: Trainer) -> Iterator[None]:
     """Within it, a failing backend ends the run at a checkpoint of the last complete step."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, GenerationError):
-            return
-        step = self.trainer.state.global_step
+    try:
+        yield
+    except GenerationError as error:
+        step = trainer.state.global_step
         if step == 0:
-            raise error
-        keep(self.trainer)
+            raise
+        save_step(trainer)
         raise GenerationError(f"stopped after step {step}, from which the same command goes on: {error}") from None
 
 
-def keep(trainer: Trainer) -> None:
+def save_step(trainer: Trainer) -> None:
     """Write a checkpoint of the last complete optimizer step, unless there is one; every process must call it."""
     folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
     there = [find_damage(folder) is None]
@@ -225,11 +204,7 @@ class _Closing(TrainerCallback):
 
 
 def attach(trainer: Trainer, backend: Backend) -> None:
-    """Let a trainer that was built with `use_vllm=False` generate with a backend.
-
-    Args:
-        trainer: any of TRL's that generates like `GRPOTrainer`.
-        backend: is started here and closed when training ends.
+    """Start a backend, and let a trainer that was built with `use_vllm=False` generate with it until training ends.
 
     Raises:
         GenerationError: the backend cannot be used.

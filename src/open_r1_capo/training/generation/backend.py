@@ -18,7 +18,7 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds
 
 
 class GenerationError(UserError, RuntimeError):
-    """Completions cannot be generated; the message is for the user."""
+    """Completions cannot be generated."""
 
 
 class Unavailable(GenerationError):
@@ -71,7 +71,7 @@ class Completion:
 
 
 class Backend(ABC):
-    """Something that holds a copy of the policy and samples from it.
+    """Something that holds a copy of the policy and samples from it; GenerationError says that it is gone for good.
 
     Attributes:
         shared: whether one of them serves all training processes; otherwise each process has its own.
@@ -81,22 +81,11 @@ class Backend(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Wait until it is ready.
-
-        Raises:
-            GenerationError: it cannot be used.
-        """
+        """Wait until it is ready; raises GenerationError if it cannot be used."""
 
     @abstractmethod
     def sync(self, folder: Path) -> None:
-        """Take new weights.
-
-        Args:
-            folder: holds them as `model.safetensors`; it stays until the next call.
-
-        Raises:
-            GenerationError: it is gone for good.
-        """
+        """Take new weights, `model.safetensors` in a folder that stays until the next call."""
 
     @abstractmethod
     def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
@@ -106,12 +95,6 @@ class Backend(ABC):
             prompts: token ids; equal ones that follow each other may be drawn together.
             sampling: how.
             seed: the i-th completion is drawn with seed + i, whatever else is drawn beside it.
-
-        Returns:
-            The completions, in the prompts' order.
-
-        Raises:
-            GenerationError: it is gone for good.
         """
 
     @abstractmethod
@@ -125,16 +108,13 @@ def retry(
     attempts: int = ATTEMPTS,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Result:
-    """Do something that may need several attempts, waiting twice as long before each.
+    """Call something that may need several attempts, waiting twice as long before each.
 
     Args:
-        action: what to do.
+        action: what to call.
         recover: called before every further attempt; may itself raise `Unavailable`.
         attempts: how many, the first included.
         sleep: waits for seconds.
-
-    Returns:
-        What the action returned.
 
     Raises:
         Unavailable: that of the last attempt.

@@ -1,7 +1,6 @@
-"""A vLLM engine beside a training process on the CPU, in a child process of the environment that has vLLM.
+"""A vLLM engine beside a training process on the CPU, in a child process with the interpreter that has vLLM.
 
-vLLM for the CPU is a build of its own that does not share an environment with the trainer (`.venv-vllm`, as for
-evaluation); its engine ends with the trainer, however that ends.
+vLLM for the CPU cannot share an environment with the trainer; its engine ends with the trainer, however that ends.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from open_r1_capo.cluster.vllm import die_with_parent, stop, tail, vllm_environm
 from open_r1_capo.training.generation.backend import Backend, Completion, GenerationError, Sampling, Unavailable, retry
 
 WORKER = Path(__file__).with_name("worker.py")
-STARTUP = 600.0  # seconds
+STARTUP = 600.0  # seconds that loading the model may take
 CALL_SECONDS = 1800.0
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # the trainer's
 
@@ -35,7 +34,6 @@ class VLLMChild(Backend):
         engine: arguments of `vllm.LLM`, the model among them.
         log: file for what the engine prints.
         sleep: waits for seconds.
-        startup: seconds that it may take to load the model.
     """
 
     def __init__(
@@ -44,9 +42,8 @@ class VLLMChild(Backend):
         engine: dict[str, Any],
         log: Path,
         sleep: Callable[[float], None] = time.sleep,
-        startup: float = STARTUP,
     ):
-        self.command, self.engine, self.log, self.sleep, self.startup = list(command), engine, log, sleep, startup
+        self.command, self.engine, self.log, self.sleep = list(command), engine, log, sleep
         self.process: subprocess.Popen | None = None
         self.weights: Path | None = None
         self._answers: queue.Queue[str] = queue.Queue()
@@ -70,8 +67,8 @@ class VLLMChild(Backend):
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
         """As `Backend.generate`."""
-        found = self._patiently("generate", prompts=prompts, sampling=sampling.request(), seed=seed)
-        return [Completion(ids, [math.nan if value is None else value for value in logps]) for ids, logps in found]
+        drawn = self._patiently("generate", prompts=prompts, sampling=sampling.request(), seed=seed)
+        return [Completion(ids, [math.nan if value is None else value for value in logps]) for ids, logps in drawn]
 
     def close(self) -> None:
         """End the engine."""
@@ -114,7 +111,7 @@ class VLLMChild(Backend):
             )
         self._answers = queue.Queue()
         threading.Thread(target=_read, args=(self.process.stdout, self._answers), daemon=True).start()
-        self._ask("start", self.startup, engine=self.engine)
+        self._ask("start", STARTUP, engine=self.engine)
 
     def _ask(self, do: str, seconds: float, **arguments: Any) -> Any:
         """Send a request to the engine and wait for its answer."""

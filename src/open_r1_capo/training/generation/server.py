@@ -98,8 +98,6 @@ class VLLMServers(Backend):
     def close(self) -> None:
         """Nothing: the servers belong to whoever started them."""
 
-    # --- one server --------------------------------------------------------------------------------------------------
-
     def _each(self, calls: list[tuple[str, Callable[[], Any]]]) -> list[Any]:
         """Make calls side by side, each as often as it takes; their results in order."""
         with ThreadPoolExecutor(min(len(calls), AT_ONCE * len(self.urls)) or 1) as pool:

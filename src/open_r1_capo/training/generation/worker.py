@@ -18,28 +18,14 @@ class Worker:
     """The engine and what it can be asked to do, one method each."""
 
     def start(self, engine: dict[str, Any]) -> bool:
-        """Load the model.
-
-        Args:
-            engine: arguments of `vllm.LLM`.
-
-        Returns:
-            True.
-        """
+        """Load the model; `engine` has the arguments of `vllm.LLM`."""
         from vllm import LLM
 
         self.llm = LLM(**engine)
         return True
 
     def sync(self, weights: str) -> bool:
-        """Take new weights, and forget what was computed with the old ones.
-
-        Args:
-            weights: a safetensors file.
-
-        Returns:
-            True.
-        """
+        """Take new weights, a safetensors file, and forget what was computed with the old ones."""
         from safetensors.torch import load_file
 
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(load_file(weights).items())})
@@ -47,15 +33,12 @@ class Worker:
         return True
 
     def generate(self, prompts: list[list[int]], sampling: dict[str, Any], seed: int) -> list[list[list]]:
-        """Draw a completion of every prompt.
+        """Draw a completion of every prompt: token ids and log-probabilities (None where unknown) of each.
 
         Args:
             prompts: token ids.
             sampling: arguments of `vllm.SamplingParams`.
             seed: of the first completion; the i-th has seed + i.
-
-        Returns:
-            Token ids and log-probabilities (None where unknown) of each.
         """
         from vllm import SamplingParams
 

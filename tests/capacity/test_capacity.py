@@ -1,4 +1,4 @@
-"""The planner: whose shape it plans for, what fits, and what a user sees."""
+"""Capacity: whose shape is counted, what fits and what would, and what a user sees."""
 
 import json
 import shlex
@@ -8,16 +8,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from open_r1_capo.capacity.__main__ import main, measured_seconds
-from open_r1_capo.capacity.devices import DEVICES, GIB
-from open_r1_capo.capacity.planner import fits, largest_micro_batch, make
-from open_r1_capo.capacity.shapes import KNOWN, PlanError, find_shape, from_config
-from open_r1_capo.capacity.workload import Machines, read
-from shapes import SCALE_7B, TINY, config
+from open_r1_capo.capacity import CapacityError
+from open_r1_capo.capacity.__main__ import main
+from open_r1_capo.capacity.devices import GIB, find_device
+from open_r1_capo.capacity.fit import estimate, fits, largest_that_fits
+from open_r1_capo.capacity.shapes import KNOWN, find_shape, from_config
+from shapes import TINY, config, workload
+
+H100 = find_device("h100")
 
 
-def plan_7b(*overrides, recipe="capo_aggressive", gpu="h100", **machines):
-    return make(read(recipe, [SCALE_7B, *overrides], Machines(**machines)), DEVICES[gpu])
+def estimate_7b(*overrides, recipe="capo_aggressive", gpu="h100", **machines):
+    return estimate(workload(recipe, *overrides, **machines), find_device(gpu))
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
@@ -42,53 +44,64 @@ def test_names_and_folders(tiny_policy, tmp_path):
     assert find_shape("models/Qwen2.5-Math-1.5B-Instruct").name == "Qwen2.5-1.5B"
     policy = AutoModelForCausalLM.from_pretrained(tiny_policy)
     assert find_shape(str(tiny_policy)).parameters == policy.num_parameters()
-    with pytest.raises(PlanError, match=r"has no config\.json"):
+    with pytest.raises(CapacityError, match=r"has no config\.json"):
         find_shape(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(PlanError, match="does not say the model's shape"):
+    with pytest.raises(CapacityError, match="does not say the model's shape"):
         find_shape(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    with pytest.raises(PlanError, match="'mamba'"):
+    with pytest.raises(CapacityError, match="'mamba'"):
         find_shape(str(tmp_path))
-    with pytest.raises(PlanError, match=r"Qwen2\.5-32B"):
+    with pytest.raises(CapacityError, match=r"Qwen2\.5-32B"):
         find_shape("org/unheard-of")
+
+
+def test_a_broken_config(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CapacityError, match="does not say the model's shape"):
+        find_shape(str(tmp_path))
 
 
 def test_the_lab_is_measured_by_its_own_settings(tiny_policy):
     """The fixture has the lab's sizes and its tokenizer."""
     policy = AutoModelForCausalLM.from_pretrained(tiny_policy)
-    work = read("capo_aggressive", ["scale=lab"], Machines(gpus=1, cpu=True))
+    work = workload("capo_aggressive", "scale=lab", gpus=1, cpu=True)
     assert work.shape.parameters == policy.num_parameters()
+    assert (work.prompt_limit, work.completion_limit, work.element) == (16, 32, 4)
 
 
-# --- plans -----------------------------------------------------------------------------------------------------------
+# --- what fits -------------------------------------------------------------------------------------------------------
 
 
-def test_the_papers_setting():
-    """4 × H100, 24 sequences each, plain generation: the paper's 55.5 of 135.84 s are not fitted, nor are they met."""
-    plan = plan_7b("per_device_train_batch_size=24", generation="transformers")
-    assert (plan.workload.micro_batch, plan.workload.accumulation) == (24, 1)
-    assert plan.fits
-    assert 0.25 < plan.rows["generation"] / 55.5 < 1.5
-    capo = sum(seconds for name, seconds in plan.rows.items() if name.startswith("CAPO"))
-    assert capo / plan.step < 0.03  # the paper's share
+def test_the_papers_setting_fits():
+    """4 × H100, 24 sequences each, plain generation."""
+    result = estimate_7b("per_device_train_batch_size=24", "generation=transformers")
+    assert (result.workload.micro_batch, result.workload.accumulation) == (24, 1)
+    assert result.fits
 
 
 def test_the_largest_micro_batch_is_the_largest():
-    work, h100 = read("grpo_conservative", [SCALE_7B], Machines()), DEVICES["h100"]
-    largest = largest_micro_batch(work, h100)
+    work = workload("grpo_conservative")
+    largest = largest_that_fits(work, H100)
     larger = next(n for n in range(largest + 1, work.sequences + 1) if work.sequences % n == 0)
-    assert fits(work.split(largest), h100)
-    assert not fits(work.split(larger), h100)
+    assert fits(work.with_micro_batch(largest), H100)
+    assert not fits(work.with_micro_batch(larger), H100)
 
 
 def test_the_sequences_split_over_more_gpus():
-    eight = read("capo_aggressive", [SCALE_7B, "per_device_train_batch_size=4"], Machines(gpus=8))
+    eight = workload("capo_aggressive", "per_device_train_batch_size=4", gpus=8)
     assert (eight.ranks, eight.micro_batch, eight.accumulation) == (8, 4, 3)
-    server = read("capo_aggressive", [SCALE_7B, "per_device_train_batch_size=16"], Machines(generation="vllm_server"))
+    server = workload("capo_aggressive", "per_device_train_batch_size=16", "generation=vllm_server")
     assert (server.ranks, server.servers, server.completions) == (3, 1, 96)
-    nodes = read("grpo_conservative", [SCALE_7B], Machines(nodes=2, gpus=8, generation="vllm_server"))
+    nodes = workload("grpo_conservative", "generation=vllm_server", nodes=2, gpus=8)
     assert (nodes.ranks, nodes.servers) == (8, 8)
+
+
+def test_a_rank_generates_all_its_completions_at_once():
+    micro = ["per_device_train_batch_size=6", "generation=transformers"]
+    work = workload("grpo_aggressive", *micro)
+    assert (work.micro_batch, work.accumulation, work.rollouts) == (6, 4, 24)
+    assert workload("grpo_aggressive", *micro, "steps_per_generation=8", "save_steps=8").rollouts == 48
 
 
 @pytest.mark.parametrize(
@@ -101,18 +114,20 @@ def test_the_sequences_split_over_more_gpus():
 )
 def test_every_remedy_fits(micro_batch, recipe, gpu, accelerator):
     micro_batch = f"per_device_train_batch_size={micro_batch}"
-    plan = plan_7b(micro_batch, recipe=recipe, gpu=gpu, accelerator=accelerator)
-    assert not plan.fits
-    assert plan.remedies
-    for remedy in plan.remedies:
+    result = estimate_7b(micro_batch, recipe=recipe, gpu=gpu, accelerator=accelerator)
+    assert not result.fits
+    assert result.remedies
+    for remedy in result.remedies:
         words = dict(word.split("=", 1) for word in shlex.split(remedy))
-        machines = {"accelerator": accelerator} | {key.lower(): value for key, value in words.items() if key != "ARGS"}
-        machines = {key: int(value) if value.isdigit() else value for key, value in machines.items()}
-        assert plan_7b(micro_batch, *words.get("ARGS", "").split(), recipe=recipe, gpu=gpu, **machines).fits, remedy
+        settings = [micro_batch, *words.pop("ARGS", "").split()]
+        settings += [f"generation={words.pop('GENERATION')}"] if "GENERATION" in words else []
+        machines = {key.lower(): int(value) if value.isdigit() else value for key, value in words.items()}
+        machines = {"accelerator": accelerator} | machines
+        assert estimate_7b(*settings, recipe=recipe, gpu=gpu, **machines).fits, remedy
 
 
 def test_smaller_memory_never_fits_more():
-    largest = [plan_7b(recipe="grpo_conservative", gpu=gpu).largest or 0 for gpu in ("a100-40", "a100-80", "h200")]
+    largest = [estimate_7b(recipe="grpo_conservative", gpu=gpu).largest or 0 for gpu in ("a100-40", "a100-80", "h200")]
     assert largest == sorted(largest)
 
 
@@ -145,17 +160,16 @@ def test_the_table(arguments, code, said, capsys):
     ("arguments", "said"),
     [
         (["--gpu", "b300"], "there are h100, h200, a100-80, a100-40, l40s, cpu"),
-        (["--gpus", "5"], "cannot be shared by 5 training GPUs: choose GPUS and NODES that give 2, 3, 4, 6"),
+        (["--gpus", "5"], "is not a multiple of the 5 training processes: choose a number of GPUs that divides it"),
         (["--gpus", "6"], 'set ARGS="per_device_train_batch_size=8"'),
-        (["per_device_train_batch_size=x"], "per_device_train_batch_size must be a whole number above 0, got 'x'"),
-        (["completions_per_step=many"], "completions_per_step must be a whole number above 0, got 'many'"),
+        (["per_device_train_batch_size=x"], "per_device_train_batch_size must be a whole number"),
+        (["completions_per_step=many"], "completions_per_step must be a whole number, got 'many'"),
         (["--recipe", "cappo"], "there is no recipe 'cappo'"),
         (["--scale", "70b"], "there is no scale '70b'"),
         (["--generation", "sglang"], "there is no generation 'sglang'"),
         (["--accelerator", "zero1"], "ACCELERATOR must be one of zero2, zero3, ddp, fsdp"),
         (["--generation", "vllm_server", "--server-gpus", "4"], "SERVER_GPUS must be 1 to 3 of the 4 GPUs, got 4"),
         (["model_name_or_path=unknown"], "the shape of unknown is not known here"),
-        (["--run", "nowhere"], "nowhere has no metrics.jsonl"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, said, capsys):
@@ -170,21 +184,20 @@ def test_bad_input_is_one_sentence(arguments, said, capsys):
 def test_json_says_what_the_table_says(capsys):
     assert main(["--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    plan = plan_7b()
-    assert data["step_seconds"]["total"] == pytest.approx(plan.step)
+    result = estimate_7b()
+    assert data["peak"]["bytes"] == result.peak[1] == max(data["phases"].values())
     assert data["memory"]["weights"]["bytes"] == 2 * data["workload"]["shape"]["parameters"]
-    assert data["gpu_hours"] == pytest.approx(5 * 100 * 4 * plan.step / 3600)
+    assert data["largest_micro_batch"] == result.largest == 24
     assert data["checkpoint_bytes"] / GIB == pytest.approx(16 * 7_615_616_512 / GIB + 4.06, rel=1e-3)
+    assert data["checkpoints"] == 10
 
 
-def test_a_runs_seconds_beside_the_estimate(tmp_path, capsys):
-    seconds = [(100.0, 50.0), (100.0, 50.0), (2, 1.0), (3, 1.0), (4, 1.0)]
-    lines = [{"step": i, "time/total": t, "time/generate": g} for i, (t, g) in enumerate(seconds, start=1)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"st')  # the run goes on
-    found = measured_seconds(tmp_path)
-    assert (found["total"], found["generation"]) == (3, 1)
-    main(["--run", str(tmp_path)])
-    assert "measured" in capsys.readouterr().out
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines[:2])))
-    with pytest.raises(PlanError, match="more than two steps"):
-        measured_seconds(tmp_path)
+def test_the_disk_of_all_seeds(capsys):
+    assert main(["--seeds", "2", "save_steps=50"]) == 0
+    assert "checkpoints: 2 × 117.5 GiB = 235.1 GiB on disk a seed; 2 seeds: 470.2 GiB" in capsys.readouterr().out
+
+
+def test_machines_are_those_of_the_recipe(capsys):
+    """A recipe that trains on the CPU is counted for this machine, any other for four H100."""
+    assert main(["--scale", "lab", "use_cpu=false"]) == 0
+    assert "4 × h100, zero2, transformers" in capsys.readouterr().out
