@@ -52,7 +52,7 @@ setup(
     license="Apache-2.0",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"open_r1_capo.report": ["*.html", "*.css", "*.js"]},
+    package_data={"open_r1_capo.report": ["*.html", "*.css", "*.js"], "open_r1_capo.settings": ["*.json"]},
     ext_modules=[NATIVE],
     python_requires=">=3.10",
     install_requires=INSTALL_REQUIRES,

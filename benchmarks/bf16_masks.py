@@ -19,9 +19,8 @@ from transformers import AutoTokenizer
 from common import save
 from open_r1_capo.capo import AdamStep, Mask, TokenBatch, objective_shift, policy_shift
 from open_r1_capo.settings.recipes import compose_recipe
-from open_r1_capo.settings.run import build
 from open_r1_capo.tasks.lab.policy import base_policy
-from open_r1_capo.training.build import known_rewards, load_dataset, make_trainer
+from open_r1_capo.training.build import build, known_rewards, load_dataset, make_trainer
 from open_r1_capo.training.run import quiet
 
 PAPER = {"CAPO": (1e-4, 1e-2), "Dr.CAPO": (1e-3, 5e-4), "ReinCAPO": (1e-5, 1e-1)}  # (δ_F, δ_H), Table 4

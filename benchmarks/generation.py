@@ -15,7 +15,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from open_r1_capo.training import run
 from open_r1_capo.cluster.vllm import (
     DEVELOPMENT,
     FOR_TRAINING,
@@ -26,6 +25,7 @@ from open_r1_capo.cluster.vllm import (
     vllm_python,
 )
 from open_r1_capo.tasks.lab.policy import base_policy
+from open_r1_capo.training import run
 
 DIFFERENCE = "sampling/sampling_logp_difference"
 

@@ -23,10 +23,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from open_r1_capo.settings.recipes import RECIPES, compose_recipe
-from open_r1_capo.settings.run import RunConfig, build
+from open_r1_capo.settings.run import RunConfig
+from open_r1_capo.tasks.held_out import held_out_accuracy
 from open_r1_capo.tasks.lab import task
-from open_r1_capo.tasks.lab.policy import MANIFEST, base_policy, held_out_accuracy
+from open_r1_capo.tasks.lab.policy import MANIFEST, base_policy
 from open_r1_capo.tasks.rewards import get_reward_funcs
+from open_r1_capo.training.build import build
 from open_r1_capo.training.run import quiet, train
 
 COLUMNS = (

@@ -62,7 +62,8 @@ def policy(folder: Path, tied: bool = False) -> Path:
     Returns:
         The folder.
     """
-    from open_r1_capo.tasks.lab.pretrain import LabSettings, build_model
+    from open_r1_capo.tasks.lab.pretrain import build_model
+    from open_r1_capo.tasks.lab.settings import LabSettings
     from open_r1_capo.tasks.lab.tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer(64)

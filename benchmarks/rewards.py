@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 
 from open_r1_capo.tasks.data import boxed, read_rows
-from open_r1_capo.tasks.rewards import Verifier
+from open_r1_capo.tasks.verifier import Verifier
 
 HOSTILE = (
     "\\boxed{10^{10^{10}}}",

@@ -19,9 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 
 from common import in_child
 from open_r1_capo.settings.recipes import compose_recipe
-from open_r1_capo.settings.run import build
 from open_r1_capo.tasks.lab.policy import base_policy
-from open_r1_capo.training.build import known_rewards, load_dataset, make_trainer
+from open_r1_capo.training.build import build, known_rewards, load_dataset, make_trainer
 from open_r1_capo.training.run import quiet
 
 VARIANTS = {

@@ -26,7 +26,8 @@ def transformers_stays_whole():
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory) -> Path:
     """A random Qwen2 with the lab's tokenizer, saved as an ordinary folder."""
-    from open_r1_capo.tasks.lab.pretrain import LabSettings, build_model
+    from open_r1_capo.tasks.lab.pretrain import build_model
+    from open_r1_capo.tasks.lab.settings import LabSettings
     from open_r1_capo.tasks.lab.tokenizer import build_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny") / "policy"
@@ -46,7 +47,7 @@ def tiny_tokenizer(tiny_policy):
 def lab_policy(tmp_path_factory) -> Path:
     """A lab policy after a few seconds of pretraining: one completion in twenty is right, enough for a reward."""
     from open_r1_capo.tasks.lab.policy import base_policy
-    from open_r1_capo.tasks.lab.pretrain import LabSettings
+    from open_r1_capo.tasks.lab.settings import LabSettings
 
     return base_policy(cache_dir=tmp_path_factory.mktemp("cache"), settings=LabSettings(steps=120, batch_size=32))
 

@@ -23,9 +23,9 @@ from transformers import TrainingArguments
 from open_r1_capo.cluster import job, launch, node
 from open_r1_capo.cluster.allocation import PORTS, Allocation, LaunchError, LaunchOptions, resolve
 from open_r1_capo.runs.exit import PREEMPTED
-from open_r1_capo.settings import run as configs
 from open_r1_capo.settings.recipes import compose_recipe
-from open_r1_capo.settings.run import ConfigError, build
+from open_r1_capo.settings.run import ConfigError
+from open_r1_capo.training import build as building
 
 ROOT = Path(__file__).resolve().parents[2]
 SEVEN = [
@@ -183,9 +183,9 @@ def test_the_papers_recipes_are_accepted(recipe, options, nodes, gpus, monkeypat
     assert parsed.training_script == "src/open_r1_capo/grpo.py"
     assert parsed.training_script_args[:2] == ["--config-name", recipe]
     world = int(parsed.num_processes)
-    monkeypatch.setattr(configs, "world_size", lambda: world)
+    monkeypatch.setattr(building, "world_size", lambda: world)
     monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: world))
-    run, args = build(compose_recipe(recipe, parsed.training_script_args[2:]) | NO_GPU)
+    run, args = building.build(compose_recipe(recipe, parsed.training_script_args[2:]) | NO_GPU)
     micro = (args.per_device_train_batch_size, args.gradient_accumulation_steps)
     assert math.prod(micro) * world == run.completions_per_step == (1152 if recipe == "grpo_conservative" else 96)
     assert args.generation_batch_size == run.completions_per_step

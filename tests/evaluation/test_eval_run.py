@@ -17,8 +17,7 @@ from open_r1_capo.evaluation import backends, evaluate, model, suite
 from open_r1_capo.runs.checkpoints import seal
 from open_r1_capo.tasks.data import SYSTEM_PROMPT, make_prompt
 from open_r1_capo.tasks.lab import policy
-from open_r1_capo.tasks.lab.pretrain import LabSettings
-from open_r1_capo.tasks.lab.task import Mixture
+from open_r1_capo.tasks.lab.settings import LabSettings, Mixture
 
 EVAL = Path(__file__).parents[2] / "eval"
 

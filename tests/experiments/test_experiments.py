@@ -81,7 +81,7 @@ def test_arms_grids_and_folders(folder):
 def test_the_folder_is_the_one_that_a_run_takes(folder):
     """`variant` puts the overrides into the run's own folder name."""
     from open_r1_capo.settings.recipes import compose_recipe
-    from open_r1_capo.settings.run import build
+    from open_r1_capo.training.build import build
 
     folder("one", title="One", seeds=[7], arms=[{"label": "A", "recipe": "grpo_aggressive", "grid": {"beta": [0.1]}}])
     experiment = load("one")

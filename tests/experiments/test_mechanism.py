@@ -20,8 +20,8 @@ from open_r1_capo.experiments.counterfactual import (
     shuffled,
 )
 from open_r1_capo.settings.recipes import compose_recipe, known_recipes
-from open_r1_capo.settings.run import build
 from open_r1_capo.tasks.lab import task
+from open_r1_capo.training.build import build
 from open_r1_capo.training.run import command
 
 

@@ -3,9 +3,14 @@
 import math
 
 import pytest
+from omegaconf import OmegaConf
 
+from open_r1_capo.capo.rules import RULES
+from open_r1_capo.runs.folder import RunFolder
+from open_r1_capo.settings.capo import capo_config
 from open_r1_capo.settings.recipes import RECIPES, compose_recipe, known_recipes
-from open_r1_capo.settings.run import ConfigError, build, capo_config
+from open_r1_capo.settings.values import ConfigError
+from open_r1_capo.training.build import build
 
 PAPER = {  # Table 4
     "capo_aggressive": (1e-4, 1e-2),
@@ -15,6 +20,7 @@ PAPER = {  # Table 4
 NO_GPU = {"needs_gpu": False, "bf16": False}  # bf16 asks for one too
 
 
+RULE_FILES = sorted((RECIPES / "rule").glob("*.yaml"))
 SCALES = sorted(path.stem for path in (RECIPES / "scale").glob("*.yaml"))
 OWN_TABLES = [scale for scale in SCALES if not scale.startswith("lab_")]  # the lab's others change its policy alone
 
@@ -48,7 +54,7 @@ def test_a_scale_has_its_generation_and_another_can_be_chosen(scale, choice, exp
     correction = {"vllm_importance_sampling_correction": False} if expected else {}
     assert {key: value for key, value in settings.items() if "vllm" in key} == expected | correction
     assert settings["generation"] == (choice or ("vllm_colocate" if "qwen" in scale else "transformers"))
-    assert build(settings | NO_GPU)[0].generation == settings["generation"]
+    build(settings | NO_GPU)
 
 
 def test_the_recipes():
@@ -62,7 +68,7 @@ def test_the_papers_settings(recipe, size):
     settings = compose_recipe(recipe, [f"scale=qwen2.5-math-{size}"])
     run, args = build(settings | NO_GPU)
     assert (run.capo.rule.max_policy_shift, run.capo.rule.max_objective_shift) == PAPER[recipe]
-    assert run.capo.min_objective_shift is None
+    assert run.capo.rule.min_objective_shift is None
     assert (run.capo.optimizer_model, run.capo.top_k, run.capo.denominator) == ("adam", 50, "kept")
     assert (args.learning_rate, run.completions_per_step, args.max_steps, args.num_generations) == (1.5e-5, 96, 100, 8)
     assert (args.temperature, args.max_completion_length, args.warmup_steps, args.beta) == (0.9, 1024, 0.1, 0.0)
@@ -196,17 +202,23 @@ METHODS = {  # loss_type, scale_rewards, advantage_baseline, capo.mode, capo.den
     "grpo_norm_skip": ("grpo", "group", "group", "observe", "kept"),
     "grpo_adapted": ("grpo", "group", "group", "observe", "kept"),
     "grpo_kl": ("grpo", "group", "group", "observe", "kept"),
+    "grpo_budget": ("grpo", "group", "group", "observe", "kept"),
+    "drgrpo_budget": ("dr_grpo", "none", "group", "observe", "kept"),
+    "reinforce_budget": ("grpo", "none", "none", "observe", "kept"),
+    "capo_budget": ("grpo", "group", "group", "mask", "kept"),
 }
 
 
 @pytest.mark.parametrize("scale", ["lab", "qwen2.5-math-7b"])
 @pytest.mark.parametrize("recipe", METHODS)
 def test_what_each_recipe_trains(recipe, scale):
-    run, args = build(compose_recipe(recipe, [f"scale={scale}"]) | NO_GPU)
+    settings = compose_recipe(recipe, [f"scale={scale}"])
+    run, args = build(settings | NO_GPU)
     found = (args.loss_type, args.scale_rewards, run.advantage_baseline, run.capo.mode, run.capo.denominator)
     assert found == METHODS[recipe]
-    assert run.regime == ("conservative" if "conservative" in recipe else "aggressive")
+    assert settings["regime"] == ("conservative" if "conservative" in recipe else "aggressive")
     assert run.capo.step.acts == (recipe.endswith("_planned") or recipe == "grpo_adapted")
+    assert run.budget.on == recipe.endswith("_budget")
     assert run.capo.absent_rows == ("decay" if recipe.endswith("_planned") else "hold")
     own = {
         "grpo_entropy": args.top_entropy_quantile < 1, "grpo_kl": args.beta > 0,
@@ -221,8 +233,43 @@ def test_what_each_recipe_trains(recipe, scale):
         assert run.model_name_or_path == "Qwen/Qwen2.5-Math-7B"
         assert args.num_iterations == 1
         assert run.system_prompt is None
-        assert compose_recipe(recipe, [f"scale={scale}"])["needs_gpu"]
+        assert settings["needs_gpu"]
         assert args.per_device_train_batch_size == 12
+
+
+@pytest.mark.parametrize(
+    ("recipe", "groups", "same"),
+    [
+        ("grpo_aggressive", ["rule=probability"], "grpo_probability"),
+        ("grpo_aggressive", ["rule=mask", "budget=planned"], "capo_planned"),
+        ("capo_scale_aggressive", ["method=drgrpo"], "drcapo_scale_aggressive"),
+        ("capo_budget", ["rule=observe", "budget=none", "regime=conservative"], "grpo_conservative"),
+    ],
+)
+@pytest.mark.parametrize("scale", ["lab", "qwen2.5-math-7b"])
+def test_groups_can_be_chosen_on_any_recipe(recipe, groups, same, scale):
+    chosen = compose_recipe(recipe, [f"scale={scale}", *groups])
+    assert chosen == compose_recipe(same, [f"scale={scale}"]) | {"recipe": recipe}
+
+
+def test_a_rule_meets_every_budget_and_method():
+    for path in RULE_FILES:
+        for budget in ("planned", "adapted", "norm_skip", "target"):
+            build(compose_recipe("reinforce_aggressive", [f"rule={path.stem}", f"budget={budget}"]))
+
+
+def test_every_rule_has_its_group():
+    modes = {compose_recipe("grpo_aggressive", [f"rule={path.stem}"])["capo"]["mode"] for path in RULE_FILES}
+    assert modes == set(RULES)
+
+
+def test_the_names_of_groups_do_not_make_another_run(tmp_path):
+    """Runs from before rules and budgets were groups."""
+    settings = compose_recipe("capo_planned", [])
+    before = {key: value for key, value in settings.items() if key != "rule"} | {"method": "capo_planned"}
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(before)))
+    assert RunFolder(tmp_path).differences(settings) == {}
+    assert "capo" in RunFolder(tmp_path).differences(compose_recipe("grpo_planned", []))
 
 
 def test_unused_thresholds_are_refused():
@@ -244,11 +291,15 @@ def test_unused_thresholds_are_refused():
         compose_recipe("grpo_adapted", ["capo.step_feedback=false"])
     with pytest.raises(ConfigError, match="no effect with capo.step_policy_shift=inf"):
         compose_recipe("grpo_aggressive", ["capo.step_rule=plan"])
+    with pytest.raises(ConfigError, match="budget.nats has no effect with budget.rule=none"):
+        compose_recipe("grpo_aggressive", ["budget.nats=1e-3"])
     compose_recipe("grpo_covariance", ["capo.covariance_frac=1e-3", "capo.covariance_low=0.5"])
 
 
 def test_unknown_recipe_lists_the_known():
-    with pytest.raises(ConfigError, match="there is no recipe 'cap'; the recipes are capo_aggressive, capo_planned"):
+    with pytest.raises(
+        ConfigError, match="there is no recipe 'cap'; the recipes are capo_aggressive, capo_budget, capo_planned"
+    ):
         compose_recipe("cap", [])
 
 

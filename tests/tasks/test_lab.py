@@ -12,10 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.rewards import accuracy_reward
 
+from open_r1_capo.tasks.held_out import held_out_accuracy, suite_accuracy
 from open_r1_capo.tasks.lab import policy, task
-from open_r1_capo.tasks.lab.policy import LabError, base_policy, cache_key, held_out_accuracy, is_sound, suite_accuracy
-from open_r1_capo.tasks.lab.pretrain import IGNORE, LabSettings, encode, pretrain
+from open_r1_capo.tasks.lab.policy import LabError, base_policy, cache_key, is_sound
+from open_r1_capo.tasks.lab.pretrain import IGNORE, encode, pretrain, pretraining_text
+from open_r1_capo.tasks.lab.settings import LabSettings, Mixture
 from open_r1_capo.tasks.lab.tokenizer import build_tokenizer
+from open_r1_capo.tasks.source import problem_source
 
 TINY = LabSettings(hidden_size=64, intermediate_size=64, layers=1, heads=2, kv_heads=1, steps=3, batch_size=8)
 
@@ -62,7 +65,7 @@ def test_one_split_for_every_order_and_wording_of_the_same_terms():
 
 def test_no_test_problem_is_pretrained_on_or_in_the_train_split():
     rng = random.Random(0)
-    seen = {task.pretraining_text(rng, task.Mixture())[0] for _ in range(4000)}
+    seen = {pretraining_text(rng, Mixture())[0] for _ in range(4000)}
     for variant in task.VARIANTS:
         held_out = {row["problem"] for row in task.problems("test", 300, variant=variant)}
         assert not held_out & seen
@@ -86,8 +89,8 @@ def test_worked_solution_shows_each_running_sum():
 
 
 def test_styles_come_in_their_shares():
-    rng, mixture = random.Random(0), task.Mixture()
-    texts = [task.pretraining_text(rng, mixture)[1] for _ in range(4000)]
+    rng, mixture = random.Random(0), Mixture()
+    texts = [pretraining_text(rng, mixture)[1] for _ in range(4000)]
     worked = sum(text[0].isdigit() for text in texts) / len(texts)
     silent = sum("boxed" not in text for text in texts) / len(texts)
     assert worked == pytest.approx(mixture.worked, abs=0.03)
@@ -109,7 +112,7 @@ def test_the_real_reward_scores_every_variant(variant):
 
 def test_texts_come_back_as_they_were(tokenizer):
     rng = random.Random(0)
-    texts = [text for _ in range(500) for text in task.pretraining_text(rng, task.Mixture())]
+    texts = [text for _ in range(500) for text in pretraining_text(rng, Mixture())]
     texts += [row["problem"] for name in task.VARIANTS for row in task.problems("test", 20, variant=name)]
     texts += ["".join(map(chr, range(32, 127))), "05, 123 and\n1000", "σ ≤ 1"]
     for text in texts:
@@ -119,7 +122,7 @@ def test_texts_come_back_as_they_were(tokenizer):
 def test_texts_are_short_in_tokens(tokenizer):
     rng = random.Random(0)
     for _ in range(500):
-        problem, completion = task.pretraining_text(rng, task.Mixture())
+        problem, completion = pretraining_text(rng, Mixture())
         ids, labels = encode(problem, completion, tokenizer)
         assert sum(label != IGNORE for label in labels) <= 40
         assert len(ids) <= 80
@@ -173,7 +176,7 @@ def test_cache_key_changes_with_everything_that_matters(monkeypatch):
     key = cache_key(TINY, 0)
     assert key == cache_key(TINY, 0)
     others = [cache_key(TINY, 1), cache_key(replace(TINY, steps=4), 0)]
-    others.append(cache_key(replace(TINY, mixture=task.Mixture(slip=0.2)), 0))
+    others.append(cache_key(replace(TINY, mixture=Mixture(slip=0.2)), 0))
     monkeypatch.setattr(torch, "__version__", "0")
     others.append(cache_key(TINY, 0))
     assert len({key, *others}) == 5
@@ -309,6 +312,10 @@ def test_greedy_measurement_ignores_the_seed(loaded):
     assert first == second
 
 
+def sets(count):
+    return problem_source("lab").suite(count)
+
+
 def test_suite_is_the_mean_of_the_variants(loaded):
     model, tok = loaded
     before, right = torch.get_rng_state(), {}
@@ -317,7 +324,7 @@ def test_suite_is_the_mean_of_the_variants(loaded):
         right["solution"] = solution
         return [float(int(i < 8) or i % 4 == 0) for i in range(len(solution))]  # 4 problems x 2 samples a variant
 
-    out = suite_accuracy(model.train(), tok, 4, reward, samples=2, max_new_tokens=3, batch_size=48)
+    out = suite_accuracy(model.train(), tok, sets(4), reward, samples=2, max_new_tokens=3, batch_size=48)
     assert model.training
     assert torch.equal(before, torch.get_rng_state())
     wanted = [row["answer"] for name in task.VARIANTS for row in task.problems("test", 4, variant=name) for _ in "12"]
@@ -329,4 +336,4 @@ def test_suite_is_the_mean_of_the_variants(loaded):
     assert out["test"] == pytest.approx((1 + 7 * 0.25) / 8)
     assert out["test_stderr"] == pytest.approx((7 / 48) ** 0.5 / 8)
     with pytest.raises(ValueError, match="no problem"):
-        suite_accuracy(model, tok, 1, lambda completions, solution: [None] * len(solution), max_new_tokens=2)
+        suite_accuracy(model, tok, sets(1), lambda completions, solution: [None] * len(solution), max_new_tokens=2)

@@ -9,14 +9,15 @@ import torch
 from trl.rewards import accuracy_reward
 
 from open_r1_capo.settings.recipes import RECIPES, compose_recipe
-from open_r1_capo.settings.run import ConfigError, build
+from open_r1_capo.settings.values import ConfigError
 from open_r1_capo.tasks.lab import task
 from open_r1_capo.tasks.lab.policy import base_policy
-from open_r1_capo.tasks.lab.pretrain import LabSettings, _batch, _loss, _weights, build_model
+from open_r1_capo.tasks.lab.pretrain import _batch, _loss, _weights, build_model, pretraining_text
+from open_r1_capo.tasks.lab.settings import LabSettings, Mixture
 from open_r1_capo.tasks.lab.tokenizer import build_tokenizer, vocabulary
-from open_r1_capo.training.build import load_dataset
+from open_r1_capo.training.build import build, load_dataset
 
-FILLED = task.Mixture(filler_words=5, filler_vocabulary=40)
+FILLED = Mixture(filler_words=5, filler_vocabulary=40)
 SCALES = sorted(path.stem for path in (RECIPES / "scale").glob("lab_*.yaml"))
 
 
@@ -36,7 +37,7 @@ def split_words(text, words):
 def test_the_default_policy_reads_what_it_always_read():
     """The stream and the vocabulary of the first release: every result on the lab hangs on them."""
     rng, mixture = random.Random("pretrain/0"), LabSettings().mixture_at(1)
-    assert digest(task.pretraining_text(rng, mixture) for _ in range(3000)) == "a2deaebf15ae356f"
+    assert digest(pretraining_text(rng, mixture) for _ in range(3000)) == "a2deaebf15ae356f"
     assert digest([vocabulary()]) == "66479d674d60d15d"
     assert len(build_tokenizer(256)) == 405
 
@@ -97,7 +98,7 @@ def test_filler_is_one_token_a_word_and_comes_last_in_the_vocabulary():
     assert filled(text)["input_ids"] == list(range(len(plain), len(filled)))
     rng = random.Random(0)
     for _ in range(300):
-        problem, completion = task.pretraining_text(rng, FILLED)
+        problem, completion = pretraining_text(rng, FILLED)
         assert filled.decode(filled(completion)["input_ids"], skip_special_tokens=True) == completion
         assert filled(problem)["input_ids"] == plain(problem)["input_ids"]
 
@@ -185,7 +186,7 @@ def test_bad_settings(override, message):
 def test_settings_that_another_policy_does_not_read_are_refused():
     with pytest.raises(ConfigError, match="lab.steps has no effect with model_name_or_path=models/x: set that to lab"):
         build(compose_recipe("capo_aggressive", ["lab.steps=2", "model_name_or_path=models/x"]))
-    with pytest.raises(ConfigError, match=r"data.variant has no effect with a data set other than the lab's"):
+    with pytest.raises(ConfigError, match=r"data.variant has no effect with data.path=x.jsonl"):
         compose_recipe("capo_aggressive", ["data.path=x.jsonl", "data.variant=story"])
 
 

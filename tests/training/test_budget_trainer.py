@@ -6,6 +6,7 @@ import torch
 import tiny_trainer
 from open_r1_capo.settings.budget import BudgetConfig
 from open_r1_capo.settings.capo import ConfigError
+from open_r1_capo.settings.values import make
 
 METHODS = {
     "grpo": {"loss_type": "grpo", "scale_rewards": "group"},
@@ -131,4 +132,4 @@ def test_it_goes_on_exactly(build, tmp_path):
 )
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(ConfigError, match=message):
-        BudgetConfig(**settings)
+        make(BudgetConfig, settings, "budget.")

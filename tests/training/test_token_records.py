@@ -9,7 +9,7 @@ import torch
 import tiny_trainer
 from open_r1_capo.settings.capo import ConfigError
 from open_r1_capo.settings.recipes import compose_recipe
-from open_r1_capo.settings.run import build as build_settings
+from open_r1_capo.training.build import build as build_settings
 from open_r1_capo.training.token_records import TokenRecords
 
 COLUMNS = {

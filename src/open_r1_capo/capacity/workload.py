@@ -7,9 +7,9 @@ from typing import Any
 
 from open_r1_capo.capacity import CapacityError
 from open_r1_capo.capacity.shapes import ModelShape, find_shape
-from open_r1_capo.settings.batch import ACCUMULATION, MICRO, largest_micro_batch, split_batch
-from open_r1_capo.settings.run import RunConfig, build
-from open_r1_capo.tasks.source import policy_source, problem_source
+from open_r1_capo.settings.batch import ACCUMULATION, MICRO, largest_micro_batch
+from open_r1_capo.settings.run import read as read_settings
+from open_r1_capo.tasks.source import problem_source
 
 ACCELERATORS = ("zero2", "zero3", "ddp", "fsdp")
 ROWS_SEEN = (2048, 5000)  # tokens and their distinct support ids in the benchmark of the curvature engine
@@ -139,9 +139,8 @@ def read(settings: dict[str, Any], machines: Machines) -> Workload:
     generation = f"vllm_{mode}" if settings.get("use_vllm") else "transformers"
     ranks, servers = _split_gpus(machines, generation)
     _check_micro_batch(settings, ranks)
-    run, trl = _checked_settings(settings, ranks)
-    group = policy_source(run.model_name_or_path).group
-    shape = find_shape(run.model_name_or_path, getattr(run, group) if group else None)
+    run, trl = read_settings(settings, ranks)
+    shape = find_shape(run.model_name_or_path, run.policy_settings)
     prompts = problem_source(run.data.name, run.data.path)
     return Workload(
         title=f"{run.recipe} on {run.scale}",
@@ -179,17 +178,6 @@ def _check_micro_batch(settings: dict[str, Any], ranks: int) -> None:
                 f"each of {ranks} training GPUs has {completions // ranks} completions a step, which micro-batches of "
                 f'{given} do not make up: set ARGS="{MICRO}={best}"'
             )
-
-
-def _checked_settings(settings: dict[str, Any], processes: int) -> tuple[RunConfig, dict[str, Any]]:
-    """Our settings and the value of every TRL field, checked as a launch of so many processes checks them."""
-    completions = settings.get("completions_per_step")
-    countable = isinstance(completions, int) and completions > 0  # `build` refuses everything else
-    given = (settings.get(MICRO), settings.get(ACCUMULATION))
-    micro_batch, accumulation = split_batch(completions, processes, *given) if countable else (1, 1)
-    alone = {MICRO: micro_batch * processes, ACCUMULATION: accumulation}
-    run, args = build(settings | alone | {"needs_gpu": False, "use_cpu": True, "bf16": False})
-    return run, vars(args) | {MICRO: micro_batch, ACCUMULATION: accumulation}
 
 
 def _split_gpus(machines: Machines, generation: str) -> tuple[int, int]:

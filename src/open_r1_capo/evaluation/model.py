@@ -71,12 +71,9 @@ def _download(name: str) -> Path:
 
 def _base_policy(name: str, settings: Mapping[str, Any]) -> str:
     """The folder or hub id of what a run's settings, or nobody's, call `name`."""
-    source, typed = policy_source(name), None
-    if source.group:
-        from open_r1_capo.settings.run import lab_settings
+    from open_r1_capo.settings.run import policy_settings  # Hydra and all settings, for a policy that is made
 
-        typed = lab_settings(settings.get(source.group))
-    return source.folder(name, typed)
+    return policy_source(name).folder(name, policy_settings(name, dict(settings)))
 
 
 def _training_settings(folder: Path) -> dict[str, Any]:

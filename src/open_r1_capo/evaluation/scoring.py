@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 
 from open_r1_capo.tasks.data import last_boxed
-from open_r1_capo.tasks.rewards import Verifier, default_verifier
+from open_r1_capo.tasks.verifier import Verifier, default_verifier
 
 TOLERANCE = 0.01
 SMALL = 1e-3  # below this, math-verify's rounding makes different numbers equal

@@ -24,11 +24,11 @@ from open_r1_capo.capo.steps import SCRATCH_BYTES
 from open_r1_capo.runs.checkpoints import step_of
 from open_r1_capo.runs.run import Run
 from open_r1_capo.settings.recipes import compose_recipe
-from open_r1_capo.settings.run import ConfigError, build
-from open_r1_capo.tasks.lab.policy import held_out_accuracy
+from open_r1_capo.settings.run import ConfigError
+from open_r1_capo.tasks.held_out import held_out_accuracy
 from open_r1_capo.tasks.rewards import get_reward_funcs
-from open_r1_capo.tasks.source import policy_source, problem_source
-from open_r1_capo.training.build import known_rewards, load_dataset, load_tokenizer, make_trainer
+from open_r1_capo.tasks.source import problem_source
+from open_r1_capo.training.build import build, known_rewards, load_dataset, load_tokenizer, make_trainer, policy_folder
 from open_r1_capo.training.trainer import CAPOTrainer
 from open_r1_capo.training.update import MicroBatch
 
@@ -207,8 +207,7 @@ class Counterfactual:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         if self.model is None:
-            source = policy_source(config.model_name_or_path)
-            self.model = source.folder(config.model_name_or_path, getattr(config, source.group or "", None))
+            self.model = policy_folder(config)
         tokenizer = load_tokenizer(self.model)
         dataset, rewards = load_dataset(config, tokenizer, args.seed), known_rewards(config)
         kind = RandomMaskTrainer if arm == "random" else OneStepTrainer

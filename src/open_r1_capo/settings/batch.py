@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from open_r1_capo.settings.capo import ConfigError
+from open_r1_capo.settings.values import ConfigError
 
 MICRO, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from open_r1_capo.settings.capo import ConfigError
+from open_r1_capo.settings.values import at_least
 
 RULES = ("none", "target", "verify")
 SCHEDULES = ("constant", "linear", "cosine2")
@@ -37,27 +37,22 @@ class BudgetConfig:
     max_passes: int = 8
 
     def __post_init__(self):
-        """Check choices and ranges.
-
-        Raises:
-            ConfigError: naming the key, its value and what it may be.
-        """
+        """Check choices and ranges; raises ValueError."""
         for name, known in (("rule", RULES), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
-                raise ConfigError(f"budget.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.on and (self.nats is None) == (self.entropy_share is None):
-            raise ConfigError(f"budget.rule={self.rule} needs either budget.nats or budget.entropy_share")
+            raise ValueError(f"rule={self.rule} needs either budget.nats or budget.entropy_share")
         for name in ("nats", "entropy_share"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"budget.{name} must be greater than 0, got {value}")
+                raise ValueError(f"{name} must be greater than 0, got {value}")
         if not 0 < self.share <= 1:
-            raise ConfigError(f"budget.share must be above 0 and at most 1, got {self.share}")
+            raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
         if not self.tolerance > 1:
-            raise ConfigError(f"budget.tolerance must be greater than 1, got {self.tolerance}")
-        for name, low in (("max_passes", 1), ("warmup_steps", 0)):
-            if getattr(self, name) < low:
-                raise ConfigError(f"budget.{name} must be at least {low}, got {getattr(self, name)}")
+            raise ValueError(f"tolerance must be greater than 1, got {self.tolerance}")
+        at_least(1, max_passes=self.max_passes)
+        at_least(0, warmup_steps=self.warmup_steps)
 
     @property
     def on(self) -> bool:

@@ -7,19 +7,15 @@ that is added there can be set here at once, and only under its own `mode` or `s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 from open_r1_capo.budget.rules import STEP_RULES, NormGuard, StepRule, step_settings
 from open_r1_capo.capo.rules import RULES, TokenRule, rule_settings
-from open_r1_capo.runs.exit import UserError
+from open_r1_capo.settings.values import ConfigError, Kinds, kinds, make
 
 OFF = "off"  # the mode without any rule: plain TRL
-GRANULARITIES = ("token", "sequence", "group", "batch")
-
-
-class ConfigError(UserError, ValueError):
-    """A recipe or an override that cannot be used."""
 
 
 @dataclass
@@ -57,32 +53,22 @@ class CAPOConfig:
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "optimizer_model": ("adam", "sgd"),
-        "granularity": GRANULARITIES,
+        "granularity": ("token", "sequence", "group", "batch"),
         "denominator": ("kept", "all"),
         "moment_average": ("per_logit", "per_token"),
         "absent_rows": ("hold", "decay"),
     }
 
     def __post_init__(self):
-        """Check choices and ranges.
-
-        Raises:
-            ConfigError: naming the key, its value and what it may be.
-        """
+        """Check choices and ranges; raises ConfigError."""
         for name, known in self.CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"capo.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+            _one_of(name, getattr(self, name), known)
         if self.top_k < 1:
             raise ConfigError(f"capo.top_k must be at least 1, got {self.top_k}")
         if not 0 <= self.measure_kl <= 1:
             raise ConfigError(f"capo.measure_kl is a share between 0 and 1, got {self.measure_kl}")
-        _build(NormGuard, {"skip_gradient_norm": self.skip_gradient_norm})
-        self._check_step()
-
-    def _check_step(self) -> None:
-        if not self.step.acts:
-            return
-        if self.step.predicts and self.optimizer_model == "adam" and self.absent_rows == "hold":
+        make(NormGuard, {"skip_gradient_norm": self.skip_gradient_norm}, "capo.")
+        if self.step.acts and self.step.predicts and self.optimizer_model == "adam" and self.absent_rows == "hold":
             raise ConfigError(
                 "capo.step_policy_shift plans the step of the real, dense Adam, which moves every row: it needs "
                 "capo.absent_rows=decay"
@@ -109,65 +95,64 @@ def capo_config(**values: Any) -> CAPOConfig:
     """Build the settings from a recipe's flat group `capo`.
 
     Args:
-        **values: the fields of `CAPOConfig` but `rule` and `step`, `step_rule`, and the settings of the chosen rules.
-
-    Returns:
-        The settings.
+        **values: the fields of `CAPOConfig` but `rule` and `step`, `step_rule`, and the settings of any rules; those
+            of a rule that is not chosen are left out.
 
     Raises:
         ConfigError: naming the key, its value and what it may be.
     """
-    mode, step_rule = values.get("mode", CAPOConfig.mode), values.get("step_rule", StepRule.name)
-    for key, value, known in (("mode", mode, (OFF, *RULES)), ("step_rule", step_rule, STEP_RULES)):
-        if value not in known:
-            raise ConfigError(f"capo.{key} must be one of {', '.join(known)}, got {value!r}")
+    mode, step_rule = _chosen(values)
+    _one_of("mode", mode, (OFF, *RULES))
+    _one_of("step_rule", step_rule, STEP_RULES)
     rule, step = RULES.get(mode, TokenRule), STEP_RULES[step_rule]
     return CAPOConfig(
-        **{key: value for key, value in values.items() if key in COMMON},
-        rule=_build(rule, {key: values[key] for key in rule_settings(rule) if key in values}),
-        step=_build(step, {key: values[key] for key in step_settings(step) if key in values}),
+        **{key: values[key] for key in COMMON if key in values},
+        rule=make(rule, {key: values[key] for key in rule_settings(rule) if key in values}, "capo."),
+        step=make(step, {key: values[key] for key in step_settings(step) if key in values}, "capo."),
     )
 
 
-def capo_keys() -> dict[str, type]:
-    """Every setting of the group `capo`, and the class that declares it."""
-    keys: dict[str, type] = dict.fromkeys((*COMMON, "step_rule"), CAPOConfig)
-    for rules, names in ((RULES, rule_settings), (STEP_RULES, step_settings)):
-        for rule in rules.values():
-            keys |= {name: keys.get(name, rule) for name in names(rule)}
+def capo_keys() -> dict[str, Kinds]:
+    """Every setting of the group, whatever its rule, and what values it takes."""
+    keys: dict[str, Kinds] = {"step_rule": ("str",)}
+    owners = [(CAPOConfig, COMMON)]
+    owners += [(rule, rule_settings(rule)) for rule in RULES.values()]
+    owners += [(rule, step_settings(rule)) for rule in STEP_RULES.values()]
+    for owner, names in owners:
+        keys |= {name: kinds(get_type_hints(owner)[name]) for name in names}
     return keys
 
 
 def unread(key: str, values: dict[str, Any]) -> str | None:
-    """Why nothing reads a setting of the group under the others, as `capo.mode=off`; None if something does.
+    """Return the setting under which nothing reads another, as `capo.mode=off`; None if something does.
 
     Args:
         key: without the group's name.
         values: of the group.
-
-    Returns:
-        The setting that is in the way.
     """
-    mode, step_rule = values.get("mode", CAPOConfig.mode), values.get("step_rule", StepRule.name)
+    mode, step_rule = _chosen(values)
+    rule, step = RULES.get(mode, TokenRule), STEP_RULES.get(step_rule, StepRule)
     if mode == OFF and key != "mode":
         return "capo.mode=off"
-    rule, step = RULES.get(mode, TokenRule), STEP_RULES.get(step_rule, StepRule)
-    if any(key in rule_settings(other) for other in RULES.values()) and key not in rule_settings(rule):
-        return f"capo.mode={mode}"
-    if key == "denominator" and not rule.weighs:
+    if _belongs_to_another(key, rule_settings, RULES, rule) or (key == "denominator" and not rule.weighs):
         return f"capo.mode={mode}"
     if key in ("moment_average", "absent_rows") and values.get("optimizer_model") == "sgd":
         return "capo.optimizer_model=sgd"
-    if any(key in step_settings(other) for other in STEP_RULES.values()) and key not in step_settings(step):
+    if _belongs_to_another(key, step_settings, STEP_RULES, step):
         return f"capo.step_rule={step_rule}"
-    bounded = values.get("step_policy_shift", math.inf) != math.inf
-    if key in ("step_rule", "step_feedback") and not bounded:
+    if key in ("step_rule", "step_feedback") and values.get("step_policy_shift", math.inf) == math.inf:
         return "capo.step_policy_shift=inf"
     return None
 
 
-def _build(kind: type, values: dict[str, Any]) -> Any:
-    try:
-        return kind(**values)
-    except ValueError as error:
-        raise ConfigError(f"capo.{error}") from None
+def _chosen(values: dict[str, Any]) -> tuple[Any, Any]:
+    return values.get("mode", CAPOConfig.mode), values.get("step_rule", StepRule.name)
+
+
+def _belongs_to_another(key: str, settings: Callable, rules: dict[str, type], chosen: type) -> bool:
+    return key not in settings(chosen) and any(key in settings(rule) for rule in rules.values())
+
+
+def _one_of(key: str, value: Any, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"capo.{key} must be one of {', '.join(known)}, got {value!r}")

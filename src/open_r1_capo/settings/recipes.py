@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from open_r1_capo.settings.capo import ConfigError, capo_keys, unread
-from open_r1_capo.settings.run import NESTED, OURS, TRL_FIELDS
+from open_r1_capo.settings.capo import unread
+from open_r1_capo.settings.run import GROUPS, SETTINGS
+from open_r1_capo.settings.values import GROUP, ConfigError
+from open_r1_capo.tasks.source import problem_source
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
-GROUPS = ("method", "budget", "regime", "scale", "generation")
-LAB_IGNORES = ("data.config", "data.split", "data.problem_column", "data.answer_column")
+TABLES = ("regimes", "thresholds")  # of a scale or a rule, read by the groups through interpolation
+ANY_SOURCE = ("name", "path", "max_prompt_tokens")  # settings of `data` that every source reads
 
 
 def known_recipes() -> list[str]:
@@ -33,11 +34,9 @@ def compose_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
         name: a recipe of `known_recipes`.
         overrides: `key=value`, also of TRL fields that the recipe does not mention, and `group=option`.
 
-    Returns:
-        The resolved settings.
-
     Raises:
-        ConfigError: an unknown recipe, group option or key (with the nearest valid one).
+        ConfigError: an unknown recipe, group option or key (with the nearest valid one), or an override that nothing
+            reads under the other settings.
     """
     if name not in known_recipes():
         raise ConfigError(f"there is no recipe {name!r}; the recipes are {', '.join(known_recipes())}")
@@ -47,18 +46,23 @@ def compose_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
             settings = OmegaConf.to_container(compose(name, [*checked, f"++recipe={name}"]), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"the recipe {name} cannot be composed: {' '.join(str(error).split())}") from None
-    for key in ("regimes", "thresholds"):  # the scale's tables, read by the groups through interpolation
-        settings.pop(key, None)
+    settings = {key: value for key, value in settings.items() if key not in TABLES}
     _check_keys(settings)
-    _check_used(settings, overrides)
+    for item in overrides:
+        key = _key(item)
+        if reason := _unread(key, settings):
+            raise ConfigError(f"{key} has no effect with {reason}; change that, or leave {key} out")
     return settings
 
 
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+")
+
+
 def _checked_override(item: str) -> str:
-    key, separator, value = item.partition("=")
-    if not separator:
+    key, value = _key(item), item.partition("=")[2]
+    if "=" not in item:
         raise ConfigError(f"an override is written key=value, got {item!r}")
-    key = key.lstrip("+")
     if key in GROUPS:
         known = sorted(path.stem for path in (RECIPES / key).glob("*.yaml"))
         if value not in known:
@@ -66,67 +70,55 @@ def _checked_override(item: str) -> str:
         return item.lstrip("+")
     if key == "recipe":
         raise ConfigError("recipe follows from the recipe's name: choose it with --config-name (make: RECIPE=)")
-    _check_keys(_nest(key))
+    nested: Any = None
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    _check_keys(nested)
     return "++" + item.lstrip("+")
 
 
-def _nest(key: str) -> dict[str, Any]:
-    head, _, tail = key.partition(".")
-    return {head: {tail: None}} if tail else {head: None}
-
-
-def _fields(kind: type, group: str) -> Iterator[str]:
-    """Full names of a group's settings, and of the settings of the groups in it."""
-    for name, hint in get_type_hints(kind).items():
-        if name in {f.name for f in dataclasses.fields(kind)}:
-            yield f"{group}.{name}"
-            yield from _fields(hint, f"{group}.{name}") if dataclasses.is_dataclass(hint) else ()
-
-
-def _keys(settings: dict[str, Any], valid: set[str], group: str = "") -> Iterator[str]:
-    """Full names of what is set: of each known group its settings, of anything else the name alone."""
+def _names(settings: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Full names of what is set."""
     for key, value in settings.items():
-        name = group + key
-        if isinstance(value, dict) and name in valid:
-            yield from _keys(value, valid, f"{name}.")
+        name = prefix + key
+        if isinstance(value, dict) and SETTINGS.get(name) == GROUP:
+            yield from _names(value, f"{name}.")
         else:
             yield name
 
 
 def _check_keys(settings: dict[str, Any]) -> None:
-    valid = OURS | set(TRL_FIELDS) | set(NESTED) | set(GROUPS) | {"capo", *(f"capo.{key}" for key in capo_keys())}
-    valid |= {name for key, kind in NESTED.items() for name in _fields(kind, key)}
-    for name in _keys(settings, valid):
-        if name not in valid:
-            near = difflib.get_close_matches(name, sorted(valid), n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else "; it is neither a field of TRL's GRPOConfig nor ours"
-            raise ConfigError(f"there is no setting {name!r}{hint}")
+    for name in _names(settings):
         if name == "output_dir":
             raise ConfigError("output_dir follows from the recipe's name and seed: set output_root instead")
+        if name not in SETTINGS:
+            near = difflib.get_close_matches(name, sorted(SETTINGS), n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else "; it is neither a field of TRL's GRPOConfig nor ours"
+            raise ConfigError(f"there is no setting {name!r}{hint}")
 
 
-def _check_used(settings: dict[str, Any], overrides: list[str]) -> None:
-    """Refuse an override that nothing reads under the other settings."""
-    groups = ("capo", "data", "evaluation")
-    capo, data, evaluation = ({} if not isinstance(settings.get(k), dict) else settings[k] for k in groups)
-    for item in overrides:
-        key = item.partition("=")[0].lstrip("+")
-        reason = None
-        if key.startswith("capo."):
-            reason = unread(key.removeprefix("capo."), capo)
-        elif key == "token_records" and capo.get("mode") == "off":
-            reason = "capo.mode=off"
-        elif key == "evaluation.every" and not evaluation.get("suite"):
-            reason = "evaluation.suite=0"
-        elif key == "evaluation.samples" and not (evaluation.get("suite") or evaluation.get("problems")):
-            reason = "evaluation.problems=0"
-        elif key.startswith("vllm_") and not settings.get("use_vllm"):
-            reason = "use_vllm=false"
-        elif key in ("data.problems", "data.variant") and (data.get("name") != "lab" or data.get("path")):
-            reason = "a data set other than the lab's"
-        elif key in LAB_IGNORES and data.get("name") == "lab" and not data.get("path"):
-            reason = "data.name=lab"
-        if key == "capo.denominator" and settings.get("loss_type") == "dr_grpo":
+def _unread(key: str, settings: dict[str, Any]) -> str | None:
+    """Return the setting under which nothing reads another, None if something does."""
+    groups = ("capo", "budget", "data", "evaluation")
+    capo, budget, data, evaluation = ({} if not isinstance(settings.get(k), dict) else settings[k] for k in groups)
+    group, _, name = key.rpartition(".")
+    reason = None
+    if group == "capo":
+        reason = unread(name, capo)
+        if name == "denominator" and settings.get("loss_type") == "dr_grpo":
             reason = reason or "loss_type=dr_grpo"
-        if reason:
-            raise ConfigError(f"{key} has no effect with {reason}; change that, or leave {key} out")
+    elif group == "data" and name not in ANY_SOURCE:
+        source = problem_source(str(data.get("name")), data.get("path"))
+        if name not in source.reads:
+            reason = f"data.path={data['path']}" if data.get("path") else f"data.name={data.get('name')}"
+    elif group == "budget" and name != "rule" and budget.get("rule", "none") == "none":
+        reason = "budget.rule=none"
+    elif key == "token_records" and capo.get("mode") == "off":
+        reason = "capo.mode=off"
+    elif key == "evaluation.every" and not evaluation.get("suite"):
+        reason = "evaluation.suite=0"
+    elif key == "evaluation.samples" and not (evaluation.get("suite") or evaluation.get("problems")):
+        reason = "evaluation.problems=0"
+    elif key.startswith("vllm_") and not settings.get("use_vllm"):
+        reason = "use_vllm=false"
+    return reason

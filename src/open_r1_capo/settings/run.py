@@ -1,30 +1,30 @@
-"""Typed settings: a composed recipe becomes `RunConfig` (ours) and TRL's `GRPOConfig`, every range checked.
+"""Typed settings of a run: a composed recipe becomes `RunConfig` (ours) and values for TRL's `GRPOConfig`.
 
-A recipe's keys are flat and named as TRL's fields; `capo.*`, `data.*` and `evaluation.*` are ours. Whatever is of
-the wrong type or out of range ends in one `ConfigError`, before anything is written.
+A recipe's keys are flat and named as TRL's fields; its groups `capo`, `data`, `evaluation` and `lab` are ours.
+Whatever is of the wrong type or out of range ends in one `ConfigError`, before anything is built or written.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
-from trl import GRPOConfig
-
+from open_r1_capo.settings.batch import ACCUMULATION, MICRO, split_batch
 from open_r1_capo.settings.budget import BudgetConfig
-from open_r1_capo.settings.capo import CAPOConfig, ConfigError, capo_config, capo_keys
-from open_r1_capo.tasks.lab.pretrain import LabSettings
-from open_r1_capo.tasks.lab.task import VARIANTS, Mixture
+from open_r1_capo.settings.capo import CAPOConfig, capo_config, capo_keys
+from open_r1_capo.settings.trl_fields import TRL_FIELDS
+from open_r1_capo.settings.values import ConfigError, Kinds, at_least, convert, make, schema
+from open_r1_capo.tasks.lab.settings import LabSettings
+from open_r1_capo.tasks.source import POLICIES, policy_source, problem_source
+
+GROUPS = ("method", "rule", "budget", "regime", "scale", "generation")  # folders of recipes/
 
 
 @dataclass
 class DataConfig:
-    """Where the problems come from.
+    """Where the problems come from; see `ProblemSource.reads` for what a source reads.
 
     Attributes:
         name: `lab`, a named data set of `open_r1_capo.tasks.data`, or any hub data set.
@@ -34,8 +34,8 @@ class DataConfig:
         problem_column: column of the problem text; null finds it.
         answer_column: column of the gold answer; null finds it.
         max_prompt_tokens: longer prompts are left out (Table 2: 512); null keeps all.
-        problems: how many problems the lab makes.
-        variant: which of the lab's eight variants they are, in training and in `evaluation.problems`.
+        problems: how many problems to draw, from a source that draws them.
+        variant: their kind, such as one of the lab's eight, in training and in `evaluation.problems`.
     """
 
     name: str | None = None
@@ -49,24 +49,19 @@ class DataConfig:
     variant: str = "base"
 
     def __post_init__(self):
-        """Check ranges.
-
-        Raises:
-            ConfigError: naming the key, its value and what it may be.
-        """
-        _at_least(1, {"data.problems": self.problems, "data.max_prompt_tokens": self.max_prompt_tokens})
-        if self.variant not in VARIANTS:
-            raise ConfigError(f"data.variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+        """Check ranges; raises ValueError."""
+        at_least(1, problems=self.problems, max_prompt_tokens=self.max_prompt_tokens)
+        problem_source(self.name, self.path).check(self)
 
 
 @dataclass
 class EvaluationConfig:
-    """The held-out accuracy of the lab policy: before training, at every checkpoint, and at the end.
+    """Accuracy on held-out problems of the source `data.name`: before training, at every checkpoint, and at the end.
 
     Attributes:
-        problems: how many held-out problems; 0 is off (other policies are measured by `make eval`).
+        problems: how many held-out problems; 0 is off (policies are also measured by `make eval`).
         samples: completions a problem.
-        suite: how many held-out problems of each of the lab's eight variants: their mean is TEST, written to
+        suite: how many held-out problems of each of the source's test sets: their mean accuracy is TEST, written to
             eval.jsonl every `evaluation.every` steps; 0 is off.
         every: optimizer steps between two measurements of TEST (App. G: 10).
     """
@@ -77,13 +72,9 @@ class EvaluationConfig:
     every: int = 10
 
     def __post_init__(self):
-        """Check ranges.
-
-        Raises:
-            ConfigError: naming the key, its value and what it may be.
-        """
-        _at_least(0, {"evaluation.problems": self.problems, "evaluation.suite": self.suite})
-        _at_least(1, {"evaluation.samples": self.samples, "evaluation.every": self.every})
+        """Check ranges; raises ValueError."""
+        at_least(0, problems=self.problems, suite=self.suite)
+        at_least(1, samples=self.samples, every=self.every)
 
 
 @dataclass
@@ -92,10 +83,7 @@ class RunConfig:
 
     Attributes:
         recipe: the recipe's name.
-        method: the group's name.
-        regime: the group's name.
-        scale: the group's name.
-        generation: the group's name.
+        scale: the name of the group.
         model_name_or_path: a local folder or hub id; `lab` trains the lab's base policy first.
         completions_per_step: completions of one optimizer step over all ranks; sets TRL's gradient accumulation.
         advantage_baseline: `group` subtracts the group's mean reward, `none` is REINFORCE on the reward itself.
@@ -112,16 +100,13 @@ class RunConfig:
         budget: see `BudgetConfig`.
         data: see `DataConfig`.
         evaluation: see `EvaluationConfig`.
-        lab: see `LabSettings`; which policy model_name_or_path=lab makes.
+        lab: the policy that model_name_or_path=lab makes.
     """
 
     recipe: str
-    method: str
-    regime: str
     scale: str
     model_name_or_path: str
     completions_per_step: int
-    generation: str = "transformers"
     advantage_baseline: str = "group"
     reward_funcs: list[str] = field(default_factory=lambda: ["accuracy"])
     system_prompt: str | None = None
@@ -139,40 +124,47 @@ class RunConfig:
     lab: LabSettings = field(default_factory=LabSettings)
 
     def __post_init__(self):
-        """Check choices and ranges.
-
-        Raises:
-            ConfigError: naming the key, its value and what it may be.
-        """
+        """Check choices and ranges; raises ValueError."""
         if self.advantage_baseline not in ("group", "none"):
-            raise ConfigError(f"advantage_baseline must be 'group' or 'none', got {self.advantage_baseline!r}")
+            raise ValueError(f"advantage_baseline must be 'group' or 'none', got {self.advantage_baseline!r}")
         if self.token_records not in ("notable", "all", "none"):
-            raise ConfigError(f"token_records must be one of notable, all, none, got {self.token_records!r}")
-        _at_least(1, {"completions_per_step": self.completions_per_step, "num_threads": self.num_threads})
+            raise ValueError(f"token_records must be one of notable, all, none, got {self.token_records!r}")
+        at_least(1, completions_per_step=self.completions_per_step, num_threads=self.num_threads)
         for name in ("problems", "suite"):
-            if getattr(self.evaluation, name) and self.data.name != "lab":
-                raise ConfigError(f"evaluation.{name} measures the lab's own problems: set it to 0 and use make eval")
+            if getattr(self.evaluation, name) and not problem_source(self.data.name).measured:
+                raise ValueError(
+                    f"evaluation.{name} needs held-out problems, which data.name={self.data.name} does not have: set "
+                    "it to 0 and use make eval"
+                )
         if "/" in self.variant:
-            raise ConfigError(f"variant is a part of a folder's name and has no '/', got {self.variant!r}")
+            raise ValueError(f"variant is a part of a folder's name and has no '/', got {self.variant!r}")
         if self.budget.on and not self.capo.on:
-            raise ConfigError("budget.rule needs the step's tokens: use capo.mode=observe, which changes nothing else")
+            raise ValueError("budget.rule needs the step's tokens: use capo.mode=observe, which changes nothing else")
         if self.budget.on and self.capo.step.acts:
-            raise ConfigError("budget.rule measures each step, capo.step_policy_shift predicts it: leave one out")
+            raise ValueError("budget.rule measures each step, capo.step_policy_shift predicts it: leave one out")
         if not self.reward_funcs:
-            raise ConfigError("reward_funcs is empty: name at least one reward, for example reward_funcs=[accuracy]")
+            raise ValueError("reward_funcs is empty: name at least one reward, for example reward_funcs=[accuracy]")
 
     def folder(self, seed: int) -> Path:
         """The run's own folder."""
         name = f"{self.recipe},{self.variant}" if self.variant else self.recipe
         return Path(self.output_root) / name / self.scale / f"seed{seed}"
 
+    @property
+    def policy_settings(self) -> Any:
+        """What `policy_source(model_name_or_path)` wants to know, such as `lab`; None if nothing."""
+        group = policy_source(self.model_name_or_path).group
+        return getattr(self, group) if group else None
 
-NESTED: dict[str, type] = {
-    "budget": BudgetConfig,
-    "data": DataConfig,
-    "evaluation": EvaluationConfig,
-    "lab": LabSettings,
-}
+
+def _settings() -> dict[str, Kinds]:
+    """Full name of every setting, and what values it takes."""
+    ours = {name: kinds for name, kinds in schema(RunConfig).items() if not name.startswith("capo.")}
+    capo = {f"capo.{name}": kinds for name, kinds in capo_keys().items()}
+    return {name: one.kinds for name, one in TRL_FIELDS.items()} | dict.fromkeys(GROUPS, ("str",)) | ours | capo
+
+
+SETTINGS = _settings()
 KEPT_LOSSES = ("grpo", "dr_grpo", "bnpo")  # whose token count is known within the micro-batch
 TRL_CHOICES = {  # which TRL checks when the first batch has been generated
     "loss_type": ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
@@ -181,176 +173,98 @@ TRL_CHOICES = {  # which TRL checks when the first batch has been generated
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "vllm_importance_sampling_mode": ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate"),
 }
-TRL_FIELDS = {f.name: f for f in dataclasses.fields(GRPOConfig)}
-OURS = {f.name for f in dataclasses.fields(RunConfig)} - set(NESTED) - {"capo"}
+TRL_RANGES = {  # greater than the first, at most the second
+    "learning_rate": (0, 1e3),
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "adam_beta1": (0, 0.9999999),
+    "adam_beta2": (0, 0.9999999),
+    "adam_epsilon": (0, 1),
+    "top_entropy_quantile": (0, 1),
+}
+TRL_FIXED = {  # a run logs every step and resumes exactly, by itself
+    "logging_steps": 1,
+    "logging_strategy": "steps",
+    "save_only_model": False,
+    "ignore_data_skip": False,
+    "resume_from_checkpoint": None,
+}
 
 
-def build(settings: dict[str, Any]) -> tuple[RunConfig, GRPOConfig]:
-    """Typed settings of a composed recipe.
-
-    Args:
-        settings: from `compose_recipe`.
-
-    Returns:
-        Our settings and TRL's, with the batch arithmetic done for the processes of this launch.
-
-    Raises:
-        ConfigError: a value of the wrong type or out of range, or a scale that this machine cannot run.
-    """
-    ours = {key: value for key, value in settings.items() if key in OURS}
-    nested = {key: kind(**_typed(kind, key, settings.get(key))) for key, kind in NESTED.items() if key != "lab"}
-    nested["capo"] = capo_config(**_typed_capo(settings.get("capo")))
-    nested["lab"] = lab_settings(settings.get("lab"), settings.get("model_name_or_path"))
-    missing = [key for key in ("model_name_or_path", "completions_per_step") if settings.get(key) is None]
-    if missing:
-        raise ConfigError(f"{missing[0]} is not set")
-    run = RunConfig(**_typed(RunConfig, "", ours), **nested)
-    if run.needs_gpu and not torch.cuda.is_available():
-        raise ConfigError(
-            f"the scale {run.scale} needs a GPU and this machine has none; here, "
-            f"`make train RECIPE={run.recipe} SCALE=lab` runs"
-        )
-    trl = _typed(GRPOConfig, "", {key: value for key, value in settings.items() if key in TRL_FIELDS})
-    folder = run.folder(trl.get("seed", 42))
-    trl |= _micro_batches(run, trl) | {"output_dir": str(folder / "checkpoints")}
-    _check_training(run, trl)
-    _check_batch(run, trl)
-    try:
-        args = GRPOConfig(**trl)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"TRL refuses these settings: {' '.join(str(error).split())}") from None
-    return run, args
-
-
-def world_size() -> int:
-    """Processes of this launch (torchrun and accelerate set WORLD_SIZE)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _at_least(low: int, values: dict[str, int | None]) -> None:
-    for name, value in values.items():
-        if value is not None and value < low:
-            raise ConfigError(f"{name} must be at least {low}, got {value}")
-
-
-def _typed(kind: type, prefix: str, values: dict[str, Any] | None) -> dict[str, Any]:
-    """Convert values to their field's annotated type, and refuse what is of another kind."""
-    if not isinstance(values, dict | None):
-        raise ConfigError(f"{prefix} is a group of settings, not a value: write {prefix}.<key>={values}")
-    hints = get_type_hints(kind)
-    return {
-        key: _convert(f"{prefix}.{key}" if prefix else key, value, hints[key]) for key, value in (values or {}).items()
-    }
-
-
-def _typed_capo(values: dict[str, Any] | None) -> dict[str, Any]:
-    """Convert the group `capo`, whose settings are declared by the rules' classes."""
-    if not isinstance(values, dict | None):
-        raise ConfigError(f"capo is a group of settings, not a value: write capo.<key>={values}")
-    hints = {key: str if key == "step_rule" else get_type_hints(kind)[key] for key, kind in capo_keys().items()}
-    return {key: _convert(f"capo.{key}", value, hints[key]) for key, value in (values or {}).items()}
-
-
-def lab_settings(values: dict[str, Any] | None, model: str | None = "lab") -> LabSettings:
-    """The lab policy's settings, which are refused where another policy is trained.
+def read(settings: dict[str, Any], processes: int = 1) -> tuple[RunConfig, dict[str, Any]]:
+    """Type and check the settings of a composed recipe; pure: neither the machine nor the environment is asked.
 
     Args:
-        values: the group `lab` of a recipe; None is empty.
-        model: the recipe's `model_name_or_path`.
+        settings: from `compose_recipe`, or of a finished run.
+        processes: of the launch, for the batch arithmetic.
 
     Returns:
-        The settings, with the types that the policy's cache knows them by.
+        Our settings, and a value for every field of TRL's `GRPOConfig`, its default where the recipe has none.
 
     Raises:
         ConfigError: a value of the wrong type or out of range, or one that nothing reads.
     """
-    given = _typed(LabSettings, "lab", values)
-    if given and model != "lab":
-        raise ConfigError(f"lab.{next(iter(given))} has no effect with model_name_or_path={model}: set that to lab")
-    mixture = _typed(Mixture, "lab.mixture", given.pop("mixture", None))
-    group = "lab.mixture"
-    try:
-        given["mixture"], group = Mixture(**mixture), "lab"
-        return LabSettings(**given)
-    except ValueError as error:
-        raise ConfigError(f"{group}.{error}") from None
+    for key in ("model_name_or_path", "completions_per_step"):
+        if settings.get(key) is None:
+            raise ConfigError(f"{key} is not set")
+    values = convert(settings, SETTINGS)
+    _check_policy(values)
+    capo = capo_config(**values.pop("capo", {}))
+    ours = {name: value for name, value in values.items() if name in RunConfig.__dataclass_fields__}
+    run = make(RunConfig, ours | {"capo": capo})
+    trl = {name: values.get(name, one.default) for name, one in TRL_FIELDS.items()}
+    batch = split_batch(run.completions_per_step, processes, values.get(MICRO), values.get(ACCUMULATION))
+    trl |= dict(zip((MICRO, ACCUMULATION), batch, strict=True))
+    trl["output_dir"] = str(run.folder(trl["seed"]) / "checkpoints")
+    _check_trl(trl)
+    _check_optimizer(run.capo, trl["optim"])
+    _check_batch(run, trl, processes)
+    return run, trl
 
 
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    """One value as its annotation wants it; annotations beyond numbers, text and lists are left to their owner."""
-    options = [getattr(option, "__origin__", option) for option in getattr(hint, "__args__", ()) or (hint,)]
-    options = [list] if getattr(hint, "__origin__", None) is list else options
-    if value is None and (type(None) in options or hint is Any):
+def policy_settings(name: str, settings: dict[str, Any]) -> Any:
+    """The typed settings that `policy_source(name)` wants, from a recipe's or a run's; None if it wants none.
+
+    Raises:
+        ConfigError: a value of the wrong type or out of range.
+    """
+    group = policy_source(name).group
+    if group is None:
         return None
-    if isinstance(value, int) and not isinstance(value, bool) and float in options and int not in options:
-        value = float(value)
-    if isinstance(value, str) and list in options and str not in options:
-        value = [value]
-    simple = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
-    if not set(options) <= {*simple, type(None)}:
-        return value
-    fits = any(isinstance(value, o) and not (isinstance(value, bool) and o is not bool) for o in options)
-    if not fits:
-        wanted = "a number" if {int, float} <= set(options) else simple[next(o for o in options if o in simple)]
-        shown = "null" if value is None else repr(value)
-        raise ConfigError(f"{name} must be {wanted}, got {shown}")
-    return value
+    values = convert({group: settings.get(group)}, SETTINGS)[group]
+    return make(get_type_hints(RunConfig)[group], values, f"{group}.")
 
 
-def _micro_batches(run: RunConfig, trl: dict[str, Any]) -> dict[str, int]:
-    """Split `completions_per_step` over processes, and either into given micro-batches or a given number of them."""
-    given = "gradient_accumulation_steps" if "gradient_accumulation_steps" in trl else "per_device_train_batch_size"
-    other = {"gradient_accumulation_steps": "per_device_train_batch_size"}.get(given, "gradient_accumulation_steps")
-    if given in trl and other in trl and trl[given] * trl[other] * world_size() != run.completions_per_step:
-        raise ConfigError(
-            f"{given} ({trl[given]}) × {other} ({trl[other]}) × processes ({world_size()}) is not "
-            f"completions_per_step ({run.completions_per_step}): leave one of them out"
-        )
-    value = trl.get(given, run.completions_per_step // world_size())
-    if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{given} must be a whole number above 0, got {value!r}")
-    if run.completions_per_step % (value * world_size()):
-        raise ConfigError(
-            f"completions_per_step ({run.completions_per_step}) must be a multiple of {given} × processes "
-            f"({value} × {world_size()})"
-        )
-    return {given: value, other: run.completions_per_step // (value * world_size())}
+def _check_policy(values: dict[str, Any]) -> None:
+    """Refuse settings of a policy that is not the run's."""
+    model = values["model_name_or_path"]
+    for name, source in POLICIES.items():
+        if source is not policy_source(model) and values.get(source.group or ""):
+            key = f"{source.group}.{next(iter(values[source.group]))}"
+            raise ConfigError(f"{key} has no effect with model_name_or_path={model}: set that to {name}")
 
 
-def _check_training(run: RunConfig, args: dict[str, Any]) -> None:
+def _check_trl(trl: dict[str, Any]) -> None:
     """Refuse what TRL would accept and then fail at, or do otherwise than a user expects."""
     positive = ("num_generations", "max_steps", "save_steps", "num_iterations", "max_completion_length")
-    _at_least(1, {name: args.get(name) for name in positive})
-    _at_least(0, {"seed": args.get("seed"), "top_k": args.get("top_k")})
-    ranges = {"learning_rate": (0, 1e3), "temperature": (0, 100), "top_p": (0, 1), "adam_beta1": (0, 0.9999999),
-              "adam_beta2": (0, 0.9999999), "adam_epsilon": (0, 1), "top_entropy_quantile": (0, 1)}  # fmt: skip
-    for name, (low, high) in ranges.items():
-        if name in args and not low < args[name] <= high:
-            raise ConfigError(f"{name} must be greater than {low} and at most {high:g}, got {args[name]}")
+    at_least(1, **{name: trl[name] for name in positive})
+    at_least(0, seed=trl["seed"], top_k=trl["top_k"])
+    at_least(2, save_total_limit=trl["save_total_limit"])  # one alone, once damaged, leaves none
+    for name, (low, high) in TRL_RANGES.items():
+        if not low < trl[name] <= high:
+            raise ConfigError(f"{name} must be greater than {low} and at most {high:g}, got {trl[name]}")
     for name, known in TRL_CHOICES.items():
-        if args.get(name, known[0]) not in known:
-            raise ConfigError(f"{name} must be one of {', '.join(map(str, known))}, got {args[name]!r}")
-    for name, wanted in {"logging_steps": 1, "logging_strategy": "steps", "save_only_model": False,
-                         "ignore_data_skip": False, "resume_from_checkpoint": None}.items():  # fmt: skip
-        if args.get(name, wanted) != wanted:
+        if trl[name] not in known:
+            raise ConfigError(f"{name} must be one of {', '.join(known)}, got {trl[name]!r}")
+    for name, wanted in TRL_FIXED.items():
+        if trl[name] != wanted:
             raise ConfigError(f"{name} must stay {wanted}: a run logs every step and resumes exactly, by itself")
-    if args.get("save_total_limit") is not None:
-        _at_least(2, {"save_total_limit": args["save_total_limit"]})  # one alone, once damaged, leaves none
-    _check_optimizer(run.capo, args.get("optim", "adamw_torch"))
-    accumulation = args["gradient_accumulation_steps"]
-    reuse = (args.get("steps_per_generation") or accumulation) * args.get("num_iterations", 1)
-    if args.get("save_steps", 500) * accumulation % reuse:
+    reuse = (trl["steps_per_generation"] or trl[ACCUMULATION]) * trl["num_iterations"]
+    if trl["save_steps"] * trl[ACCUMULATION] % reuse:
         raise ConfigError(
-            f"save_steps ({args['save_steps']}) must not fall between two steps on the same completions: make it a "
-            f"multiple of {reuse // math.gcd(reuse, accumulation)}"
+            f"save_steps ({trl['save_steps']}) must not fall between two steps on the same completions: make it a "
+            f"multiple of {reuse // math.gcd(reuse, trl[ACCUMULATION])}"
         )
-    if math.isfinite(run.capo.skip_gradient_norm) and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise ConfigError(
-            "capo.skip_gradient_norm cannot stop DeepSpeed's step, which it takes within its backward pass: launch "
-            "with --accelerator fsdp or ddp"
-        )
-    if run.capo.weighs and (args.get("entropy_coef") or args.get("use_adaptive_entropy")):
-        raise ConfigError("an entropy bonus would act on rejected tokens: set entropy_coef=0, or capo.mode=observe")
 
 
 def _check_optimizer(capo: CAPOConfig, optim: str) -> None:
@@ -369,21 +283,25 @@ def _check_optimizer(capo: CAPOConfig, optim: str) -> None:
         )
 
 
-def _check_batch(run: RunConfig, trl: dict[str, Any]) -> None:
-    generations = trl.get("num_generations", 8)
-    if run.completions_per_step % generations:
+def _check_batch(run: RunConfig, trl: dict[str, Any], processes: int) -> None:
+    """Refuse a batch or a loss that CAPO's settings are not defined for."""
+    completions, generations, capo = run.completions_per_step, trl["num_generations"], run.capo
+    if completions % generations:
         raise ConfigError(
-            f"completions_per_step ({run.completions_per_step}) must be a multiple of num_generations ({generations})"
+            f"completions_per_step ({completions}) must be a multiple of num_generations ({generations})"
         )
-    whole = trl["gradient_accumulation_steps"] == 1 and world_size() == 1
-    if run.capo.on and run.capo.granularity in ("group", "batch") and not whole:
+    whole = trl[ACCUMULATION] == 1 and processes == 1
+    if capo.on and capo.granularity in ("group", "batch") and not whole:
         raise ConfigError(
-            f"capo.granularity={run.capo.granularity} judges completions together that one forward pass must hold: "
-            f"run one process with per_device_train_batch_size={run.completions_per_step}"
+            f"capo.granularity={capo.granularity} judges completions together that one forward pass must hold: "
+            f"run one process with {MICRO}={completions}"
         )
-    loss = trl.get("loss_type", "dapo")
-    if run.capo.weighs and run.capo.denominator == "kept" and loss not in KEPT_LOSSES:
+    if not capo.weighs:
+        return
+    if trl["entropy_coef"] or trl["use_adaptive_entropy"]:
+        raise ConfigError("an entropy bonus would act on rejected tokens: set entropy_coef=0, or capo.mode=observe")
+    if capo.denominator == "kept" and trl["loss_type"] not in KEPT_LOSSES:
         raise ConfigError(
-            f"capo.denominator=kept is defined for the losses {', '.join(KEPT_LOSSES)}, not for {loss}: "
+            f"capo.denominator=kept is defined for the losses {', '.join(KEPT_LOSSES)}, not for {trl['loss_type']}: "
             "use capo.denominator=all"
         )

@@ -47,42 +47,19 @@ class DataError(UserError, ValueError):
 
 
 def make_prompt(problem: str, system_prompt: str | None) -> list[dict]:
-    """Make the conversation that asks for the answer to a problem.
-
-    Args:
-        problem: Text of the problem.
-        system_prompt: What the system turn says; none is made for None or "".
-
-    Returns:
-        Turns with `role` and `content`; the tokenizer's chat template turns them into text.
-    """
+    """The conversation that asks for the answer to a problem; None or "" sends no system turn."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     return [*system, {"role": "user", "content": problem}]
 
 
 def prompt_template_hash(system_prompt: str | None) -> str:
-    """Identify a prompt template: two evaluations with different hashes asked different questions.
-
-    Args:
-        system_prompt: The system prompt of the template.
-
-    Returns:
-        16 hexadecimal digits.
-    """
+    """Identify a prompt template in 16 hex digits: evaluations with different hashes asked different questions."""
     template = json.dumps(make_prompt("{problem}", system_prompt), sort_keys=True)
     return hashlib.sha256(template.encode()).hexdigest()[:16]
 
 
 def to_prompts(dataset: Dataset, system_prompt: str | None) -> Dataset:
-    r"""Add the columns that GRPOTrainer and the rewards read.
-
-    Args:
-        dataset: Problems, as `load_problems` gives them.
-        system_prompt: What the system turn says, or None.
-
-    Returns:
-        The data set with `prompt` (a conversation) and `solution` (the gold answer as `\boxed{…}`).
-    """
+    r"""Add the columns that GRPOTrainer and the rewards read: `prompt` (a conversation), `solution` (`\boxed{…}`)."""
 
     def add(row: dict) -> dict:
         return {"prompt": make_prompt(row["problem"], system_prompt), "solution": boxed(row["answer"])}
@@ -94,49 +71,28 @@ def to_prompts(dataset: Dataset, system_prompt: str | None) -> Dataset:
 
 
 def boxed(answer: str) -> str:
-    r"""Write a gold answer as math-verify parses it best: in a box, without inner dollar signs.
-
-    Args:
-        answer: A gold answer, such as `\frac{1}{2}` or `$2$, $3$`.
-
-    Returns:
-        `\boxed{…}`, or "" for an empty answer.
-    """
+    r"""Write a gold answer as math-verify parses it best: `\boxed{…}` without inner dollar signs, "" for none."""
     answer = re.sub(r"(?<!\\)\$", "", answer).strip()
     return f"\\boxed{{{answer}}}" if answer else ""
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return the content of the last `\boxed{…}`, or of `\boxed x` and `\fbox{…}`, which MATH has too.
-
-    Args:
-        text: A worked solution.
-
-    Returns:
-        The content without surrounding white space, or None if there is no complete box.
-    """
-    found = list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|\s\S+)", text))
-    if not found:
+    r"""The content of the last `\boxed{…}`, `\boxed x` or `\fbox{…}` of a solution; None without a complete box."""
+    boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|\s\S+)", text))
+    if not boxes:
         return None
-    if found[-1][1] != "{":
-        return found[-1][1].strip().rstrip("$.")
-    depth = 0
-    for brace in re.finditer(r"(?<!\\)[{}]", text[found[-1].start(1) :]):
+    last, depth = boxes[-1], 0
+    if last[1] != "{":
+        return last[1].strip().rstrip("$.")
+    for brace in re.finditer(r"(?<!\\)[{}]", text[last.start(1) :]):
         depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return text[found[-1].end(1) : found[-1].start(1) + brace.start()].strip()
+            return text[last.end(1) : last.start(1) + brace.start()].strip()
     return None
 
 
 def gold_answer(value: object) -> str:
-    """Find the gold answer in a cell: the last box of a solution, what follows GSM8K's ####, or the cell itself.
-
-    Args:
-        value: Text, a number, or a list of equivalent or joint answers.
-
-    Returns:
-        The answer, or "" if there is none.
-    """
+    """The gold answer in a cell: a solution's last box, what follows GSM8K's ####, or the cell itself; "" for none."""
     if isinstance(value, list | tuple):
         return ", ".join(gold_answer(element) for element in value)
     text = "" if value is None else str(value)
@@ -149,13 +105,7 @@ def gold_answer(value: object) -> str:
 
 
 def read_rows(path: str | Path) -> list[dict]:
-    """Read a JSONL or Parquet file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        One dict a row.
+    """Read a JSONL or Parquet file, one dict a row.
 
     Raises:
         DataError: If it is missing, of another type, or malformed (JSONL: names file and line).
@@ -210,16 +160,13 @@ LOCAL_COPY = "data.path=<file or folder of .jsonl or .parquet>"
 
 
 def hub_rows(name: str, config: str | None, split: str, local_copy: str = LOCAL_COPY) -> list[dict]:
-    """Load a data set from the Hugging Face hub, or from its local cache.
+    """Load a data set from the Hugging Face hub, or from its local cache, one dict a row.
 
     Args:
         name: The hub's name, `owner/name`.
         config: Which configuration of it, or None.
         split: Which split of it.
         local_copy: How the user names a local copy, for the message.
-
-    Returns:
-        One dict a row.
 
     Raises:
         DataError: If it does not exist, is gated, or the hub cannot be reached.
@@ -244,7 +191,7 @@ def hub_rows(name: str, config: str | None, split: str, local_copy: str = LOCAL_
 
 
 def _hub_resolves() -> bool:
-    """Return whether the hub's name can be looked up; behind a proxy that is the proxy's business."""
+    """Whether the hub's name can be looked up; not asked behind a proxy, which looks names up itself."""
     if urllib.request.getproxies():
         return True
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -271,14 +218,7 @@ def _math_rows(name: str, path: Path | None) -> list[dict]:
 
 
 def normalise(problem: str) -> str:
-    """Remove white space, to compare problems of different copies of a data set.
-
-    Args:
-        problem: Text of a problem.
-
-    Returns:
-        The text without white space.
-    """
+    """A problem without white space, to compare those of different copies of a data set."""
     return "".join(problem.split())
 
 

@@ -21,7 +21,8 @@ class PolicySource(ABC):
     """Gives the policy that training starts from.
 
     Attributes:
-        group: the recipe's group of settings that shape the policy, such as `lab`; None if there are none.
+        group: the recipe's group of settings that shape the policy, such as `lab`, a field of `RunConfig`; None if
+            there are none.
         suite: the evaluation suite that fits this policy by default, a name of `evaluation.suite`.
         system_prompt: used where a run's settings do not say; None is the default of `tasks.data`.
     """
@@ -58,7 +59,8 @@ class ProblemSource(ABC):
     """Gives problems with their answers.
 
     Attributes:
-        reads: the settings of `data` that this source reads, beside `name`, `path` and `max_prompt_tokens`.
+        reads: the settings of `data` that this source reads, beside `name`, `path` and `max_prompt_tokens`; others
+            are refused.
         measured: whether it has held-out problems, so that `evaluation.problems` and `evaluation.suite` can be set.
         longest_prompt: tokens of its longest prompt with the template; None where the problems do not fix it.
     """
@@ -67,16 +69,16 @@ class ProblemSource(ABC):
     measured: ClassVar[bool] = False
     longest_prompt: ClassVar[int | None] = None
 
+    def check(self, data: Any) -> None:  # noqa: B027 (most sources have nothing to refuse)
+        """Refuse settings of `data` that the source cannot serve: ValueError, beginning with the setting's name."""
+
     @abstractmethod
     def training(self, data: Any, seed: int) -> Any:
-        """Training problems.
+        """Training problems, a `datasets.Dataset` with `problem` and `answer`.
 
         Args:
             data: the recipe's `DataConfig`.
             seed: of sources that draw their problems.
-
-        Returns:
-            A `datasets.Dataset` with `problem` and `answer`.
 
         Raises:
             UserError: the problems cannot be had.
@@ -161,6 +163,13 @@ class LabProblems(ProblemSource):
     reads = frozenset({"problems", "variant"})
     measured = True
     longest_prompt = 16
+
+    def check(self, data: Any) -> None:
+        """Refuse an unknown variant."""
+        from open_r1_capo.tasks.lab.task import VARIANTS
+
+        if data.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {data.variant!r}")
 
     def training(self, data: Any, seed: int) -> Any:
         """Draw `data.problems` problems of `data.variant`."""

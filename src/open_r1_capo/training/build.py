@@ -1,22 +1,24 @@
-"""Build what a run needs from its settings: tokenizer, problems, trainer, held-out evaluation."""
+"""Build what a run needs from its settings: TRL's arguments, policy, problems, trainer, held-out evaluation."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 from trl import GRPOConfig
 
-from open_r1_capo.settings.capo import ConfigError
-from open_r1_capo.settings.run import RunConfig
-from open_r1_capo.tasks.data import SYSTEM_PROMPT, load_problems, to_prompts
-from open_r1_capo.tasks.lab.policy import held_out_accuracy, suite_accuracy
-from open_r1_capo.tasks.lab.task import problems as lab_problems
+from open_r1_capo.settings.run import RunConfig, read
+from open_r1_capo.settings.values import ConfigError
+from open_r1_capo.tasks.data import SYSTEM_PROMPT, to_prompts
+from open_r1_capo.tasks.held_out import held_out_accuracy, suite_accuracy
 from open_r1_capo.tasks.rewards import get_reward_funcs
+from open_r1_capo.tasks.source import policy_source, problem_source
 from open_r1_capo.training.generation.adapter import attach
 from open_r1_capo.training.generation.choice import backend_for
 from open_r1_capo.training.run_trainer import RunTrainer
@@ -26,22 +28,56 @@ from open_r1_capo.training.trainer import CAPOTrainer
 Accuracy = Callable[[], dict[str, float]]
 
 
-def known_rewards(config: RunConfig) -> list[Callable]:
-    """Look the rewards up.
-
-    Args:
-        config: our settings.
-
-    Returns:
-        The reward functions.
+def build(settings: dict[str, Any]) -> tuple[RunConfig, GRPOConfig]:
+    """Our settings and TRL's of a composed recipe, for the processes of this launch and for this machine.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: a value of the wrong type or out of range, or a recipe that this machine cannot run.
     """
+    config, values = read(settings, world_size())
+    check_machine(config)
+    return config, grpo_config(values)
+
+
+def world_size() -> int:
+    """Processes of this launch (torchrun and accelerate set WORLD_SIZE)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_machine(config: RunConfig) -> None:
+    """Raise ConfigError if this machine or this launch cannot run the recipe."""
+    if config.needs_gpu and not torch.cuda.is_available():
+        raise ConfigError(
+            f"the scale {config.scale} needs a GPU and this machine has none; here, "
+            f"`make train RECIPE={config.recipe} SCALE=lab` runs"
+        )
+    if math.isfinite(config.capo.skip_gradient_norm) and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise ConfigError(
+            "capo.skip_gradient_norm cannot stop DeepSpeed's step, which it takes within its backward pass: launch "
+            "with --accelerator fsdp or ddp"
+        )
+
+
+def grpo_config(values: dict[str, Any]) -> GRPOConfig:
+    """TRL's arguments from the values of `read`; raises ConfigError if TRL refuses them."""
+    try:
+        return GRPOConfig(**values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"TRL refuses these settings: {' '.join(str(error).split())}") from None
+
+
+def known_rewards(config: RunConfig) -> list[Callable]:
+    """The reward functions; raises ConfigError for an unknown name."""
     try:
         return get_reward_funcs(config.reward_funcs)
     except ValueError as error:
         raise ConfigError(f"reward_funcs: {error}") from None
+
+
+def policy_folder(config: RunConfig) -> str:
+    """The folder or hub id of the policy that training starts from; it is made if it has to be."""
+    name = config.model_name_or_path
+    return policy_source(name).folder(name, config.policy_settings)
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -74,7 +110,7 @@ def load_dataset(config: RunConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     Args:
         config: our settings.
         tokenizer: measures the prompts.
-        seed: of the lab's problems.
+        seed: of problems that are drawn.
 
     Returns:
         Rows with `prompt` and `solution`, without the prompts that are too long.
@@ -83,12 +119,7 @@ def load_dataset(config: RunConfig, tokenizer: PreTrainedTokenizerBase, seed: in
         ConfigError: no prompt is short enough.
     """
     data = config.data
-    if data.name == "lab" and not data.path:
-        problems = Dataset.from_list(lab_problems("train", data.problems, seed=seed, variant=data.variant))
-    else:
-        columns = {"problem_column": data.problem_column, "answer_column": data.answer_column}
-        problems = load_problems(data.name, data.path, config=data.config, split=data.split, **columns)
-    rows = to_prompts(problems, SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt)
+    rows = to_prompts(problem_source(data.name, data.path).training(data, seed), system_prompt(config))
     if data.max_prompt_tokens is None:
         return rows
 
@@ -154,24 +185,30 @@ def make_trainer(
     return trainer
 
 
+def system_prompt(config: RunConfig) -> str:
+    """What the system turn of every prompt says; empty for none."""
+    return SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt
+
+
 def held_out(
     config: RunConfig, trainer: RunTrainer, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Accuracy | None, Accuracy | None]:
-    """Build what measures the trainer's policy on held-out lab problems: accuracy and TEST, None where it is off."""
+    """Functions that measure the trainer's policy on held-out problems: accuracy and TEST, None where it is off."""
     (reward,) = get_reward_funcs(["accuracy"])
-    wanted = config.evaluation
-    problems = lab_problems("test", wanted.problems, variant=config.data.variant) if wanted.problems else []
+    wanted, source = config.evaluation, problem_source(config.data.name)
 
-    def measure(function: Callable, what: Any) -> dict[str, Any]:
+    def measure(function: Callable, problems: Any) -> dict[str, Any]:
         policy = trainer.accelerator.unwrap_model(trainer.model)
-        length = {"temperature": trainer.temperature, "max_new_tokens": trainer.max_completion_length}
-        return function(policy, tokenizer, what, reward, samples=wanted.samples, **length)
+        options = {"samples": wanted.samples, "system_prompt": system_prompt(config)}
+        options |= {"temperature": trainer.temperature, "max_new_tokens": trainer.max_completion_length}
+        return function(policy, tokenizer, problems, reward, **options)
 
-    def test() -> dict[str, Any]:
-        found = measure(suite_accuracy, wanted.suite)
-        return {**found, "over": len(found["tasks"])}
-
-    return (lambda: measure(held_out_accuracy, problems)) if problems else None, test if wanted.suite else None
+    problems = source.held_out(config.data, wanted.problems) if wanted.problems else []
+    tests = source.suite(wanted.suite) if wanted.suite else {}
+    return (
+        (lambda: measure(held_out_accuracy, problems)) if problems else None,
+        (lambda: measure(suite_accuracy, tests) | {"over": len(tests)}) if tests else None,
+    )
 
 
 def token_records(config: RunConfig, args: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> TokenRecords | None:

@@ -24,9 +24,18 @@ from open_r1_capo.runs.folder import RunFolder
 from open_r1_capo.runs.run import write_atomically
 from open_r1_capo.runs.summary import summarise, summary_lines
 from open_r1_capo.settings.recipes import compose_recipe
-from open_r1_capo.settings.run import RunConfig, build, world_size
-from open_r1_capo.tasks.lab.policy import base_policy
-from open_r1_capo.training.build import held_out, known_rewards, load_dataset, load_tokenizer, make_trainer, say
+from open_r1_capo.settings.run import RunConfig
+from open_r1_capo.training.build import (
+    build,
+    held_out,
+    known_rewards,
+    load_dataset,
+    load_tokenizer,
+    make_trainer,
+    policy_folder,
+    say,
+    world_size,
+)
 from open_r1_capo.training.callbacks import RunCallback
 from open_r1_capo.training.preemption import Preempted, Preemption
 
@@ -109,7 +118,7 @@ def fill(
         preemption: may stop the run at a checkpoint.
     """
     # --- the policy and its data -------------------------------------------------------------------------------------
-    model = str(base_policy(settings=config.lab)) if config.model_name_or_path == "lab" else config.model_name_or_path
+    model = policy_folder(config)
     tokenizer = load_tokenizer(model)
     dataset = load_dataset(config, tokenizer, args.seed)
 

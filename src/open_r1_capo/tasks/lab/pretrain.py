@@ -13,89 +13,29 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from open_r1_capo.tasks.lab.task import Mixture, pretraining_text
+from open_r1_capo.tasks.lab.settings import LabSettings, Mixture
+from open_r1_capo.tasks.lab.task import VARIANTS, direct_answer, draw_terms, ramble, worked_solution
 
 IGNORE = -100  # label of a token that carries no loss
 
 
-@dataclass(frozen=True)
-class LabSettings:
-    """Everything, beside the seed, that decides what the policy becomes.
-
-    Attributes:
-        hidden_size: Width of the residual stream; heads are hidden_size / heads wide, at least 32 for vLLM on CPU.
-        intermediate_size: Width inside the feed-forward layers.
-        layers: Number of blocks.
-        heads: Attention heads.
-        kv_heads: Key and value heads.
-        max_length: Longest sequence, in tokens.
-        head_balance: Final norm weight, and divisor of the head's initial weights and pretraining learning rate.
-        steps: Pretraining steps.
-        batch_size: Texts a step.
-        learning_rate: Peak rate of pretraining; linear warm-up over a twentieth of the steps, then cosine to 0.
-        threads: CPU threads; part of the settings because sums of floats depend on it.
-        filler_ramp: Share of the steps in which filler grows from none to `mixture.filler_words`: sums are learnt
-            from short texts first, which is quicker and surer.
-        filler_weight: Weight of a filler word in the loss of pretraining, where any other token has 1: words without
-            rule are most of a text, and soon as well known as they can be.
-        mixture: Shares of the styles of completions, and their filler.
-    """
-
-    hidden_size: int = 128
-    intermediate_size: int = 256
-    layers: int = 2
-    heads: int = 4
-    kv_heads: int = 2
-    max_length: int = 256
-    head_balance: float = 16.0
-    steps: int = 650
-    batch_size: int = 64
-    learning_rate: float = 3e-3
-    threads: int = 1
-    filler_ramp: float = 0.5
-    filler_weight: float = 0.1
-    mixture: Mixture = field(default_factory=Mixture)
-
-    def __post_init__(self):
-        """Check ranges, and that the heads divide the width.
-
-        Raises:
-            ValueError: Naming the field, its value and what it may be.
-        """
-        sizes = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
-        for name in (*sizes, "steps", "batch_size", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_length < 64:
-            raise ValueError(f"max_length must be at least 64 (prompts have up to 40 tokens), got {self.max_length}")
-        if self.hidden_size % (2 * self.heads):
-            raise ValueError(f"hidden_size must be a multiple of 2 x heads, got {self.hidden_size} and {self.heads}")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
-        for name in ("head_balance", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be greater than 0 and finite, got {getattr(self, name)}")
-        for name in ("filler_ramp", "filler_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
-
-    def mixture_at(self, step: int) -> Mixture:
-        """Give the mixture of one pretraining step.
-
-        Args:
-            step: From 1.
-
-        Returns:
-            The mixture, with less filler during the ramp.
-        """
-        ramp = self.filler_ramp * self.steps
-        share = min(1.0, step / ramp) if ramp else 1.0
-        return replace(self.mixture, filler_words=share * self.mixture.filler_words)
+def pretraining_text(rng: random.Random, mixture: Mixture) -> tuple[str, str]:
+    """Draw one train problem of any variant with a completion of any style: the user's message and the completion."""
+    others = [name for name in VARIANTS if name != "base"]
+    variant = "base" if rng.random() < mixture.base else rng.choice(others)
+    terms = draw_terms(rng, "train", variant)
+    style = rng.random()
+    if style < mixture.worked:
+        completion = worked_solution(terms, rng, mixture.slip, mixture.shortcut, mixture.filler)
+    elif style < mixture.worked + mixture.direct:
+        completion = direct_answer(terms, rng, mixture.right, mixture.filler)
+    else:
+        completion = ramble(rng, mixture.filler)
+    return VARIANTS[variant].wording(terms), completion
 
 
 @contextmanager
@@ -110,16 +50,7 @@ def _threads(n: int) -> Iterator[None]:
 
 
 def build_model(settings: LabSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen2ForCausalLM:
-    """Build the untrained policy; the global random state is left as it was.
-
-    Args:
-        settings: Sizes and the head's balance.
-        tokenizer: Gives the vocabulary size and the special tokens.
-        seed: Decides the initial weights.
-
-    Returns:
-        The model, in float32 on the CPU.
-    """
+    """Build the untrained policy, in float32 on the CPU; the global random state is left as it was."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
@@ -148,15 +79,12 @@ def build_model(settings: LabSettings, tokenizer: PreTrainedTokenizerBase, seed:
 
 
 def encode(problem: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Turn one text into token ids, with labels on the completion and its end only.
+    """Turn one text into token ids, and labels on the completion and its end only.
 
     Args:
         problem: The user's message.
         completion: The assistant's message.
         tokenizer: The lab's tokenizer.
-
-    Returns:
-        Token ids and labels, of the same length.
     """
     messages = [{"role": "user", "content": problem}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -218,7 +146,7 @@ def pretrain(settings: LabSettings, tokenizer: PreTrainedTokenizerBase, seed: in
         seed: Decides the initial weights and the texts.
 
     Returns:
-        The trained model, in evaluation mode on the CPU.
+        The model, in evaluation mode on the CPU.
     """
     model, rng = build_model(settings, tokenizer, seed), random.Random(f"pretrain/{seed}")
     head = list(model.lm_head.parameters())

@@ -10,7 +10,6 @@ Zipf frequency: completions of hundreds of tokens, most of them uncertain and wi
 from __future__ import annotations
 
 import itertools
-import math
 import random
 import zlib
 from collections.abc import Callable
@@ -88,28 +87,13 @@ VARIANTS: dict[str, Variant] = {
 
 
 def split_of(terms: tuple[int, ...]) -> str:
-    """Say to which split a problem belongs, whatever its wording and the order of its terms.
-
-    Args:
-        terms: Signed terms of the sum.
-
-    Returns:
-        ``"test"`` for one multiset of terms in five, else ``"train"``.
-    """
+    """`test` for one multiset of terms in five, else `train`, whatever the wording and the order of the terms."""
     # A checksum and not hash(): Python's own hash of a string changes from process to process.
     return "test" if zlib.crc32(repr(sorted(terms)).encode()) % TEST_SHARE == 0 else "train"
 
 
 def draw_terms(rng: random.Random, split: str, variant: str = "base") -> tuple[int, ...]:
-    """Draw the terms of one problem of a split by rejection.
-
-    Args:
-        rng: Source of randomness; it is advanced.
-        split: ``"train"`` or ``"test"``.
-        variant: A key of `VARIANTS`.
-
-    Returns:
-        The signed terms.
+    """Draw the signed terms of one problem of a split by rejection.
 
     Raises:
         ValueError: If the split or the variant is unknown.
@@ -128,13 +112,13 @@ def problems(split: str, n: int, seed: int = 0, variant: str = "base") -> list[d
     """State n problems; small variants repeat some.
 
     Args:
-        split: ``"train"`` or ``"test"``; no multiset of terms is in both.
-        n: Number of problems.
-        seed: Decides which problems; the first m of n problems do not depend on n.
+        split: `train` or `test`; no multiset of terms is in both.
+        n: Number of problems; the first m of them do not depend on n.
+        seed: Decides which problems.
         variant: A key of `VARIANTS`.
 
     Returns:
-        n rows with ``problem`` (the user's message) and ``answer`` (a decimal number as text).
+        Rows with `problem` (the user's message) and `answer` (a decimal number as text).
     """
     rng = random.Random(f"{seed}/{split}/{variant}")
     rows = []
@@ -145,26 +129,12 @@ def problems(split: str, n: int, seed: int = 0, variant: str = "base") -> list[d
 
 
 def boxed(answer: int | str) -> str:
-    r"""Write an answer as the reward expects it.
-
-    Args:
-        answer: The number.
-
-    Returns:
-        ``\boxed{answer}``.
-    """
+    r"""The answer as the reward expects it: ``\boxed{answer}``."""
     return rf"\boxed{{{answer}}}"
 
 
 def filler_vocabulary(size: int) -> list[str]:
-    """List made-up words, the most frequent first.
-
-    Args:
-        size: How many, at most `FILLER_WORDS`; a larger vocabulary begins with the smaller one.
-
-    Returns:
-        Different words of two syllables, each with the space after it.
-    """
+    """Made-up words, at most `FILLER_WORDS`, the most frequent first; larger vocabularies begin with smaller ones."""
     syllables = [c + v for c, v in itertools.product(CONSONANTS, VOWELS)]
     words = [f"{first}{second} " for first, second in itertools.product(syllables, syllables)]
     random.Random("filler").shuffle(words)
@@ -179,14 +149,7 @@ def _zipf(size: int, exponent: float) -> tuple[list[str], list[float]]:
 
 
 def no_filler(rng: random.Random) -> str:
-    """Give no words.
-
-    Args:
-        rng: Left as it is.
-
-    Returns:
-        An empty text.
-    """
+    """No words."""
     return ""
 
 
@@ -197,9 +160,6 @@ def zipf_filler(mean: float, size: int, exponent: float) -> Filler:
         mean: Number of words a call, rounded up or down at random so that the mean holds; 0 gives `no_filler`.
         size: Number of different words.
         exponent: The r-th most frequent word has a frequency proportional to r^-exponent.
-
-    Returns:
-        A function that draws one filler text and advances the generator that it is given.
     """
     if mean == 0:
         return no_filler
@@ -229,9 +189,6 @@ def worked_solution(
         shortcut: Probability that a step adds two terms at once, as ``3+5+7=15``, where two are left.
         filler: Source of the words before each running sum and before the answer.
 
-    Returns:
-        The completion's text.
-
     Raises:
         ValueError: If slips or shortcuts are asked for without a source of randomness.
     """
@@ -252,16 +209,13 @@ def worked_solution(
 
 
 def direct_answer(terms: tuple[int, ...], rng: random.Random, right: float, filler: Filler = no_filler) -> str:
-    """Write an answer without any work, often a wrong one near the right one.
+    """Write an answer without any work: right with probability `right`, else near the right one.
 
     Args:
         terms: Signed terms.
         rng: Source of randomness; it is advanced.
         right: Probability of the right answer.
         filler: Source of the words before the opening and before the answer.
-
-    Returns:
-        The completion's text.
     """
     answer = sum(terms)
     if rng.random() >= right:
@@ -271,92 +225,5 @@ def direct_answer(terms: tuple[int, ...], rng: random.Random, right: float, fill
 
 
 def ramble(rng: random.Random, filler: Filler = no_filler) -> str:
-    """Write one to three sentences that never come to an answer.
-
-    Args:
-        rng: Source of randomness; it is advanced.
-        filler: Source of the words before each sentence.
-
-    Returns:
-        The completion's text.
-    """
+    """Write one to three sentences that never come to an answer, with filler before each."""
     return " ".join(filler(rng) + sentence for sentence in rng.sample(RAMBLES, rng.randint(1, 3)))
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """How the pretraining texts are mixed; the rest of the completions ramble.
-
-    Attributes:
-        base: Share of problems of the base variant; the others share the rest equally.
-        worked: Share of worked running sums.
-        direct: Share of direct answers.
-        slip: Probability of a slip at one running sum.
-        shortcut: Probability that a step adds two terms at once, which the policy does badly.
-        right: Probability that a direct answer is right.
-        filler_words: Number of filler words before each part of a completion: a running sum, an opening, a
-            sentence, the answer. A worked solution of the base variant has about four parts.
-        filler_vocabulary: Number of different filler words; without filler none is in the tokenizer.
-        filler_exponent: The r-th most frequent one has a frequency proportional to r^-exponent.
-    """
-
-    base: float = 0.5
-    worked: float = 0.4
-    direct: float = 0.4
-    slip: float = 0.06
-    shortcut: float = 0.2
-    right: float = 0.35
-    filler_words: float = 0.0
-    filler_vocabulary: int = 300
-    filler_exponent: float = 1.0
-
-    def __post_init__(self):
-        """Check ranges.
-
-        Raises:
-            ValueError: Naming the field, its value and what it may be.
-        """
-        for name in ("base", "worked", "direct", "slip", "shortcut", "right"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
-        if self.worked + self.direct > 1 + 1e-9:
-            raise ValueError(f"worked and direct are shares of one whole, got {self.worked} + {self.direct}")
-        if not 0 <= self.filler_words < math.inf:
-            raise ValueError(f"filler_words must be at least 0 and finite, got {self.filler_words}")
-        if not 1 <= self.filler_vocabulary <= FILLER_WORDS:
-            raise ValueError(f"filler_vocabulary must be from 1 to {FILLER_WORDS}, got {self.filler_vocabulary}")
-        if not 0 <= self.filler_exponent <= 10:
-            raise ValueError(f"filler_exponent must be from 0 to 10, got {self.filler_exponent}")
-
-    @property
-    def filler(self) -> Filler:
-        """The source of filler words of one part."""
-        return zipf_filler(self.filler_words, self.filler_vocabulary, self.filler_exponent)
-
-    @property
-    def filler_tokens(self) -> list[str]:
-        """The filler words that the tokenizer needs."""
-        return filler_vocabulary(self.filler_vocabulary) if self.filler_words else []
-
-
-def pretraining_text(rng: random.Random, mixture: Mixture) -> tuple[str, str]:
-    """Draw one problem of the train split, of any variant, with a completion of any style.
-
-    Args:
-        rng: Source of randomness; it is advanced.
-        mixture: Shares of variants and styles.
-
-    Returns:
-        The user's message and the completion.
-    """
-    others = [name for name in VARIANTS if name != "base"]
-    variant = "base" if rng.random() < mixture.base else rng.choice(others)
-    terms = draw_terms(rng, "train", variant)
-    style = rng.random()
-    if style < mixture.worked:
-        completion = worked_solution(terms, rng, mixture.slip, mixture.shortcut, mixture.filler)
-    elif style < mixture.worked + mixture.direct:
-        completion = direct_answer(terms, rng, mixture.right, mixture.filler)
-    else:
-        completion = ramble(rng, mixture.filler)
-    return VARIANTS[variant].wording(terms), completion

@@ -29,11 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def vocabulary() -> list[str]:
-    r"""List the words, pieces and two-digit numbers that are one token each.
-
-    Returns:
-        Words of the task's texts (with the space before them, where they have one), ``", "``, ``\boxed{``, 10 to 99.
-    """
+    r"""The words of the task's texts (with the space before), ``", "``, ``\boxed{``, 10 to 99; one token each."""
     rng = random.Random(0)
     texts = [*task.OPENINGS, *task.RAMBLES, *(" " + text for text in task.RAMBLES)]
     texts += [variant.wording(variant.terms(rng)) for variant in task.VARIANTS.values()]
@@ -47,9 +43,6 @@ def build_tokenizer(model_max_length: int, filler: Sequence[str] = ()) -> PreTra
     Args:
         model_max_length: Longest sequence of the policy, in tokens.
         filler: Filler words, one token each, after all others.
-
-    Returns:
-        The tokenizer, ready to save beside the policy.
     """
     tokenizer = Qwen2Tokenizer(
         vocab={byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))},
