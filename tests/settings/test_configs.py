@@ -9,7 +9,9 @@ from open_r1_capo.capo.rules import RULES
 from open_r1_capo.runs.folder import RunFolder
 from open_r1_capo.settings.capo import capo_config
 from open_r1_capo.settings.recipes import RECIPES, compose_recipe, known_recipes
+from open_r1_capo.settings.run import policy_settings, read
 from open_r1_capo.settings.values import ConfigError
+from open_r1_capo.tasks.lab.settings import LabSettings, Mixture
 from open_r1_capo.training.build import build
 
 PAPER = {  # Table 4
@@ -321,6 +323,19 @@ def test_processes_share_the_completions(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match=r"\(5 × 3\)"):
         build(compose_recipe("capo_aggressive", ["per_device_train_batch_size=5"]))
+
+
+def test_reading_asks_neither_the_machine_nor_the_environment(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "7")
+    settings = compose_recipe("grpo_norm_skip", ["scale=qwen2.5-math-7b"])
+    run, trl = read(settings, processes=4)
+    assert (trl["per_device_train_batch_size"], trl["gradient_accumulation_steps"]) == (12, 2)
+    assert (trl["bf16"], trl["beta"], trl["epsilon"]) == (True, 0.0, 0.2)
+    assert run.needs_gpu
+    assert run.policy_settings is None
+    lab = {"lab": {"steps": 7, "mixture": {"filler_words": 3}}}
+    assert policy_settings("lab", lab) == LabSettings(steps=7, mixture=Mixture(filler_words=3.0))
+    assert policy_settings("models/x", lab) is None
 
 
 def test_feedback_needs_a_measurement():
