@@ -31,7 +31,7 @@ from open_r1_capo.evaluation.backends import (
 from open_r1_capo.evaluation.model import Model
 from open_r1_capo.evaluation.suite import Benchmark
 from open_r1_capo.runs.run import write_atomically
-from open_r1_capo.tasks import data, rewards
+from open_r1_capo.tasks import data, rewards, verifier
 from open_r1_capo.tasks.data import DataError, prompt_template_hash
 
 RESERVED = 1024  # tokens of the context that are left to the prompt, if it is long
@@ -47,7 +47,7 @@ def commit() -> str:
 
 def scoring_sources() -> str:
     """A hash of the files that turn answers into scores: another scoring is another number."""
-    files = [TASKS, *(Path(module.__file__) for module in (suite, scoring, rewards, data))]
+    files = [TASKS, *(Path(module.__file__) for module in (suite, scoring, rewards, verifier, data))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

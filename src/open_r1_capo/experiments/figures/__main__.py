@@ -19,6 +19,8 @@ from open_r1_capo.experiments.figures.curves import TEST, Data
 from open_r1_capo.experiments.figures.drawing import Result, draw, save
 from open_r1_capo.runs.exit import BAD_INPUT, UserError, run_cli
 
+DEFAULT_SCALE = "lab"  # whose files bear the figure's name alone
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -99,7 +101,8 @@ def make(name: str, options: argparse.Namespace) -> list[Path]:
     for one in data if entry.scales else [data]:
         curves.warn(name, one.warnings)
     try:
-        return save(result, name if entry.scales or options.scale == "lab" else f"{name}_{options.scale}", options.out)
+        plain = entry.scales or options.scale == DEFAULT_SCALE
+        return save(result, name if plain else f"{name}_{options.scale}", options.out)
     except OSError as error:
         raise UserError(f"{error.filename or options.out} cannot be written ({error.strerror})") from None
 
@@ -146,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the command line and draw; the exit code is 2 if a figure was refused or there is nothing to draw."""
     parser = argparse.ArgumentParser(prog="make figures", description=__doc__.split("\n\n")[0])
     parser.add_argument("--name", choices=FIGURES, metavar="NAME", help=f"one of {', '.join(FIGURES)}; by default all")
-    parser.add_argument("--scale", default="lab")
+    parser.add_argument("--scale", default=DEFAULT_SCALE)
     parser.add_argument("--seeds", type=int, help="only the first so many seeds")
     parser.add_argument("--smooth", type=smoothing, default=0.9, help="weight of the moving average, or off")
     parser.add_argument("--out", type=Path, default=Path("outputs/figures"))
