@@ -168,7 +168,8 @@ def test_two_ranks_in_shards_are_one(accelerator, tied, one_process, tmp_path):
             assert 0.1 < sum(difference["rejected"]) / difference["tokens"] < 0.9
         assert difference["shifts"] < 1e-3, case  # of the bounds
         # a gradient left over from the step before moves these by 3e-2 and 6e-5
-        assert max(difference["first_moment"], difference["second_moment"]) < 1e-5, case
+        rounding = 1e-4 if case == "budget" else 1e-5  # the length of a step follows from measured KLs
+        assert max(difference["first_moment"], difference["second_moment"]) < rounding, case
         assert difference["parameters"] < 1e-5, case
         assert difference["metrics"][0] < 5e-3, (case, difference["metrics"])
 
