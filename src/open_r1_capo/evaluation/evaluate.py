@@ -1,7 +1,6 @@
-"""Evaluates one model, and takes over from earlier calls what is unchanged.
+"""Evaluates one model, reusing what earlier calls measured.
 
-Each test set's outcome is kept under a key that holds everything that determines the number, so that nothing stale is
-ever taken over.
+Each test set's outcome is stored under a key of everything that determines it, so no stale result is reused.
 """
 
 from __future__ import annotations
@@ -46,22 +45,18 @@ def commit() -> str:
 
 
 def scoring_sources() -> str:
-    """A hash of the files that turn answers into scores: another scoring is another number."""
+    """A hash of the files that turn answers into scores."""
     files = [TASKS, *(Path(module.__file__) for module in (suite, scoring, rewards, verifier, data))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def digest(value: object) -> str:
-    """16 hexadecimal digits of a value that json can write."""
+    """16 hexadecimal digits that identify a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def claim(folder: Path, model: Model) -> None:
-    """Make a results folder this model's.
-
-    Raises:
-        EvalError: it holds results of another model, or something else.
-    """
+    """Reserve a results folder for this model; an EvalError if it holds anything but results of this model."""
     path = folder / "model.json"
     if path.exists():
         owner = json.loads(path.read_text())
@@ -81,18 +76,13 @@ def claim(folder: Path, model: Model) -> None:
 def prepare_data(
     benchmarks: Sequence[Benchmark], source: Path | None, folder: Path
 ) -> tuple[list[Benchmark], dict[str, str], list[str]]:
-    """Write the test sets where lighteval reads them.
-
-    Args:
-        benchmarks: the test sets.
-        source: folder of local files, or None for the hub.
-        folder: where to.
+    """Write the test sets into `folder`, where lighteval reads them; `source` has local files, None is the hub.
 
     Returns:
-        Those that can be had, their sha256 by name, and the titles of those that cannot: GPQA-Diamond without access.
+        The test sets that can be read, their sha256 by name, and the titles of those that cannot (gated GPQA-Diamond).
 
     Raises:
-        DataError: a test set cannot be read, GPQA-Diamond among others excepted.
+        DataError: a test set cannot be read, except GPQA-Diamond among others.
     """
     present, hashes, missing = [], {}, []
     for benchmark in benchmarks:
@@ -118,15 +108,7 @@ def _token_counter(model: Model) -> Callable[[list[str]], list[int]]:
 
 
 def run_tasks(job: Job, todo: Sequence[Benchmark], keys: dict[str, str], backend: str, out: Path) -> None:
-    """Evaluate test sets and write the outcome of each.
-
-    Args:
-        job: what lighteval needs.
-        todo: the test sets.
-        keys: what determines each one's number, by name.
-        backend: vllm or transformers.
-        out: results folder.
-    """
+    """Evaluate the test sets `todo` and write each outcome, under its key, into `out`."""
     (out / "tasks").mkdir(exist_ok=True)
     count = _token_counter(job.model)
     run = run_vllm if backend == "vllm" else run_transformers
@@ -143,23 +125,14 @@ def run_tasks(job: Job, todo: Sequence[Benchmark], keys: dict[str, str], backend
 
 
 def stored(out: Path, name: str, key: str) -> list[dict] | None:
-    """The problems of a test set, scored; None if it was not evaluated under this key."""
+    """The scored problems of a test set; None if it was not evaluated under this key."""
     path = out / "tasks" / f"{name}.json"
     outcome = json.loads(path.read_text()) if path.exists() else {}
     return outcome["problems"] if outcome.get("key") == key else None
 
 
 def evaluate(model: Model, options: argparse.Namespace, out: Path) -> dict:
-    """Evaluate one model.
-
-    Args:
-        model: the model.
-        options: of the command line (`__main__`).
-        out: results folder.
-
-    Returns:
-        What results.json holds.
-    """
+    """Evaluate one model with the command line's options; returns the content of results.json."""
     claim(out, model)
     present, hashes, missing = prepare_data(suite.select(options.tasks, model.suite), options.data, out / "data")
     backend = choose_backend(options.backend)
