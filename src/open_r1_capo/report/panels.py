@@ -28,44 +28,26 @@ DIGITS = 5  # significant, of a number on the page
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a panel.
+    """One line of a panel."""
 
-    Attributes:
-        key: its column.
-        label: in the legend.
-        colour: index into the page's palette, a variable `--c<colour>` of style.css.
-        style: words among `thin`, `thick`, `dashed` and `dots` (few points, each marked).
-        table: `metrics` or `tests`.
-        error: column of its standard error, or empty.
-        run: index of its run on the page.
-    """
-
-    key: str
+    key: str  # its column
     label: str
-    colour: int = 0
-    style: str = ""
-    table: str = "metrics"
-    error: str = ""
-    run: int = 0
+    colour: int = 0  # index into the page's palette, `--c<colour>` in style.css
+    style: str = ""  # words among `thin`, `thick`, `dashed` and `dots` (few points, each marked)
+    table: str = "metrics"  # or `tests`
+    error: str = ""  # column of its standard error, if any
+    run: int = 0  # index of its run on the page
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One diagram.
-
-    Attributes:
-        title: above it.
-        lines: what it draws, the first ones below the later ones.
-        log: logarithmic, of absolute values.
-        low: where a linear scale begins, at most.
-        percent: fractions are shown as percentages.
-    """
+    """One diagram."""
 
     title: str
-    lines: tuple[Line, ...]
-    log: bool = False
-    low: float | None = None
-    percent: bool = False
+    lines: tuple[Line, ...]  # the later ones on top
+    log: bool = False  # logarithmic, of absolute values
+    low: float | None = None  # a linear scale begins here or lower
+    percent: bool = False  # shows fractions as percentages
 
 
 def _shifts(name: str, title: str) -> Panel:
@@ -143,11 +125,7 @@ def run_panels(metrics: dict[str, list], tests: dict[str, list]) -> list[dict[st
 
 
 def compare_panels(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The panels that several runs have something for, as plain data: one metric each, a line a run.
-
-    Args:
-        runs: objects with `label`, `colour`, `style` and the tables `metrics` and `tests`.
-    """
+    """The panels that several runs have data for: one metric each, a line a run."""
 
     def panel(title: str, key: str, style: str = "", table: str = "metrics", error: str = "", **options: Any) -> Panel:
         lines = (
@@ -192,11 +170,7 @@ def drawn_columns(panels: list[dict[str, Any]]) -> set[str]:
 
 
 def metric_columns(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """Turn metric lines into columns, with the running mean of the reward and the rate that was taken.
-
-    Returns:
-        Column name → a number or None a row; what is not a number is left out.
-    """
+    """Turn metric lines into columns of numbers or None, with the running mean of the reward and the rate taken."""
     keys = {key: None for row in rows for key, value in row.items() if number(value) is not None}
     columns = {key: [number(row.get(key)) for row in rows] for key in keys}
     if "reward" in columns:

@@ -27,13 +27,7 @@ NOISE = 1e-6  # nats; of a smaller measured KL, the rounding of float32 log-prob
 
 
 def calibration(data: Data) -> Result:
-    """Draw a point a step and a panel an arm, with the diagonal.
-
-    Args:
-        data: runs with KEYS and tables.TAKEN_KEYS.
-
-    Returns:
-        The figure, and its table.
+    """Draw a point for each step and a panel for each arm, with the diagonal; needs KEYS and tables.TAKEN_KEYS.
 
     Raises:
         FigureError: nothing was measured.
@@ -68,7 +62,7 @@ def calibration(data: Data) -> Result:
 
 
 def calibration_panel(axis: Axes, line: Line, names: list[str]) -> None:
-    """Draw the steps of an arm for `names` of PAIRS, which share their prediction."""
+    """Draw the steps of an arm for some `names` of PAIRS that share their prediction."""
     for name, colour in zip(names, COLOURS, strict=False):
         both = np.concatenate([tables.pairs(run, *PAIRS[name]) for run in line.runs])
         both = both[(both > 0).all(1)]

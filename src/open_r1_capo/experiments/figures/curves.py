@@ -28,18 +28,11 @@ class FigureError(UserError, ValueError):
 
 @dataclass
 class RunData:
-    """What one run has written.
-
-    Attributes:
-        folder: its folder.
-        columns: metric → (T,) float64, one value an optimizer step; NaN where a line has none.
-        tests: the lines of eval.jsonl, in the order of their steps.
-        settings: of config.yaml.
-    """
+    """What one run has written."""
 
     folder: Path
-    columns: dict[str, np.ndarray]
-    tests: list[dict[str, Any]]
+    columns: dict[str, np.ndarray]  # metric → (T,) float64, one value an optimizer step; NaN where a line has none
+    tests: list[dict[str, Any]]  # the lines of eval.jsonl, in the order of their steps
     settings: dict[str, Any]
 
     @property
@@ -93,19 +86,12 @@ class Line:
 
 @dataclass
 class Data:
-    """What a figure is drawn from.
-
-    Attributes:
-        name: the figure's.
-        experiment: whose runs it shows.
-        lines: one for each arm; of a grid that was searched, only the arms that were run.
-        warnings: sentences about runs that are missing, unfinished or cut.
-    """
+    """What a figure is drawn from."""
 
     name: str
     experiment: Experiment
-    lines: list[Line]
-    warnings: list[str]
+    lines: list[Line]  # one for each arm; of a grid that was searched, only the arms that were run
+    warnings: list[str]  # sentences about runs that are missing, unfinished or cut
 
     @property
     def runs(self) -> list[RunData]:
@@ -114,7 +100,7 @@ class Data:
 
     @property
     def seeds(self) -> str:
-        """How many seeds stand behind a line, for the figure: `n = 5 seeds`, or `n = 3 to 4 of 5 seeds`."""
+        """How many seeds a line has, for the figure: `n = 5 seeds`, or `n = 3 to 4 of 5 seeds`."""
         counts, all_of = sorted({len(line.runs) for line in self.lines}), len(self.experiment.seeds)
         if counts == [all_of]:
             return f"n = {all_of} seed{'s' if all_of != 1 else ''}"
@@ -137,19 +123,10 @@ def rows_of(path: Path, warnings: list[str]) -> list[dict[str, Any]]:
 
 
 def read_run(run: Run, keys: Iterable[str], warnings: list[str]) -> RunData:
-    """Read a run's metrics and TEST.
-
-    Args:
-        run: its folder.
-        keys: metrics beside ALWAYS; TEST reads eval.jsonl.
-        warnings: gets sentences about lines that were cut off.
-
-    Returns:
-        These columns alone.
+    """Read a run's metrics, ALWAYS and `keys`, and its TEST if `keys` has it; cut-off lines become warnings.
 
     Raises:
         FigureError: a broken line, or a value that is no number.
-        RunError: the folder's config.yaml cannot be read.
     """
     rows, columns = rows_of(run.metrics_file, warnings), {}
     for key in dict.fromkeys((*ALWAYS, *keys)):
@@ -164,7 +141,7 @@ def read_run(run: Run, keys: Iterable[str], warnings: list[str]) -> RunData:
 
 
 def check_settings(runs: list[RunData]) -> None:
-    """Refuse seeds of one arm that were run with different settings: a FigureError that names the first one."""
+    """Refuse seeds of one arm that were run with different settings, with a FigureError."""
     for run in runs[1:]:
         a, b = runs[0].settings, run.settings
         for key in sorted((a.keys() | b.keys()) - FREE, key=str):
@@ -176,15 +153,7 @@ def check_settings(runs: list[RunData]) -> None:
 
 
 def load(name: str, experiment: Experiment, keys: Iterable[str]) -> Data:
-    """Read what a figure needs of an experiment's runs.
-
-    Args:
-        name: the figure's.
-        experiment: the runs' experiment.
-        keys: metrics beside ALWAYS; TEST reads eval.jsonl.
-
-    Returns:
-        The data, with a warning for what is missing but can be done without.
+    """Read what a figure needs of an experiment's runs: ALWAYS and `keys`; what can be done without becomes a warning.
 
     Raises:
         FigureError: an arm without a finished run, a broken file, or seeds of different settings.
@@ -218,14 +187,6 @@ def load(name: str, experiment: Experiment, keys: Iterable[str]) -> Data:
 
 def load_scales(name: str, seeds: int | None, keys: Iterable[str]) -> list[Data]:
     """Read an experiment at every scale that has runs; a scale that cannot be drawn is left out with a warning.
-
-    Args:
-        name: the figure's and the experiment's.
-        seeds: only the first so many; None takes all.
-        keys: as `load`.
-
-    Returns:
-        One or more.
 
     Raises:
         FigureError: no scale can be drawn.

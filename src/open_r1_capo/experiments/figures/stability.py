@@ -18,14 +18,7 @@ STAGES = ((2, 10), (11, 20), (21, None))  # steps: a warm-up without its first, 
 
 
 def stability(data: Data) -> Result:
-    """Last in-training accuracy against the learning rate; a ring marks the largest rate usable with all seeds.
-
-    Args:
-        data: arms that share a label and override learning_rate.
-
-    Returns:
-        The figure, and its table.
-    """
+    """Last in-training accuracy against the learning rate; a ring marks the largest rate usable with all seeds."""
     methods, numbers, table = rates_table(data)
     families: dict[str, list[str]] = {FAMILIES[start]: [] for start in ("", "dr", "rein")}
     for label, lines in methods.items():
@@ -52,14 +45,7 @@ def stability(data: Data) -> Result:
 
 
 def rates_panel(axis: Axes, method: dict[str, Any], label: str, place: tuple[int, int]) -> None:
-    """Draw one method's accuracy by rate, a little aside, so that the methods do not hide each other.
-
-    Args:
-        axis: where.
-        method: its part of the numbers of `rates_table`.
-        label: in the legend.
-        place: its number among the panel's methods, and how many those are.
-    """
+    """Draw the accuracies by rate of the method number place[0] of place[1], shifted so that none hides another."""
     colour, marker = COLOURS[place[0] % len(COLOURS)], MARKERS[place[0] % len(MARKERS)]
     rates = method["rates"]
     x = np.array(list(rates)) * 2 ** (0.06 * (place[0] - (place[1] - 1) / 2))
@@ -75,10 +61,7 @@ def rates_panel(axis: Axes, method: dict[str, Any], label: str, place: tuple[int
 
 
 def rates_table(data: Data) -> tuple[dict[str, list[Line]], dict[str, Any], str]:
-    """Find what each method survives on its grid of learning rates.
-
-    Args:
-        data: arms that share a label and override learning_rate.
+    """What each method (a label whose arms override learning_rate) survives on its grid of learning rates.
 
     Returns:
         The lines of each method, in the order of their rates; the numbers by method; Markdown.
@@ -125,14 +108,7 @@ def largest_kl(run: RunData) -> float:
 
 
 def step_sizes(data: Data) -> Result:
-    """Table the gradient's norm before clipping and the measured KL of a step, early and late in training.
-
-    Args:
-        data: runs with grad_norm and measured_kl.
-
-    Returns:
-        Their means over the steps of each of STAGES and over seeds, by arm.
-    """
+    """Table the gradient norm before clipping and the measured KL of a step, averaged over each of STAGES."""
     names = [f"{first} to {last}" if last else f"from {first}" for first, last in STAGES]
     keys, rows, numbers = {"gradient norm": "grad_norm", "KL": "capo/measured_kl"}, [], {}
     for line in data.lines:

@@ -70,19 +70,10 @@ def interval(estimate: Estimate, form: str = ".3f") -> str:
 
 
 def pairs(run: RunData, predicted: str, measured: str, exponent: int) -> np.ndarray:
-    """Take a step's prediction and measurement, for the step that was taken.
+    """Prediction and measurement (T', 2) of each step that was taken, without NaN.
 
     The metrics predict the scheduled rate's step; a planned one was shorter by s = capo/step_scale: m_F is quadratic
-    in it, m_H linear to first order. Skipped steps moved nothing and are left out.
-
-    Args:
-        run: with both columns and TAKEN_KEYS.
-        predicted: a column.
-        measured: a column.
-        exponent: of s.
-
-    Returns:
-        (T', 2), without NaN.
+    in it (`exponent` 2), m_H linear to first order. Skipped steps moved nothing and are left out.
     """
     scale = np.nan_to_num(run.columns["capo/step_scale"], nan=1.0)
     both = np.stack([run.columns[predicted] * scale**exponent, run.columns[measured]], axis=1)
@@ -127,15 +118,7 @@ def base_of(data: Data) -> float:
 
 
 def outcome(line: Line, base: float) -> dict[str, Any]:
-    """What became of an arm's runs.
-
-    Args:
-        line: its runs.
-        base: from `base_of`.
-
-    Returns:
-        last and best accuracy of each seed, and how many of n collapsed, fell, survived and stayed usable.
-    """
+    """Last and best accuracy of an arm's runs, and how many of n collapsed, fell, survived and stayed usable."""
     rewards = [run.rewards for run in line.runs]
     survived = sum(map(outcomes.survived, rewards))
     return {
@@ -211,12 +194,6 @@ def table5(data: Data) -> Result:
 def efficiency(data: Data) -> Result:
     """Table what it costs to reach the final accuracy of conservative GRPO, and what became of the runs.
 
-    Args:
-        data: runs with one arm of the recipe grpo_conservative.
-
-    Returns:
-        Completions, accepted tokens and steps to the target, best and last accuracy, collapsed seeds.
-
     Raises:
         FigureError: no arm to take the target from.
     """
@@ -281,14 +258,7 @@ def transfer(scales: Sequence[Data]) -> Result:
 
 
 def tuning(data: Data) -> Result:
-    """Table what the settings of each method are chosen by: the mean reward of the second half of the runs.
-
-    Args:
-        data: arms that share a label and differ in their settings.
-
-    Returns:
-        The mean over seeds of each setting, the best of each label in bold, and the share of tokens acted on.
-    """
+    """Table what each method's settings are chosen by: the mean reward of the second half of the runs."""
     numbers, rows = {}, []
     shared = set.intersection(*(set(line.arm.overrides) for line in data.lines))
     for line in data.lines:
