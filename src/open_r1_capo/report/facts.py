@@ -43,7 +43,7 @@ def time_breakdown(columns: dict[str, list]) -> list[dict[str, Any]]:
 
 
 def worst_steps(columns: dict[str, list]) -> list[dict[str, Any]]:
-    """The steps worth a look: for each criterion its `name`, `percent` and the WORST pairs (step, value), worst first."""
+    """The steps worth a look: each criterion with `name`, `percent` and `steps`, its WORST pairs (step, value)."""
     criteria = (
         ("largest measured KL (nats)", columns.get("capo/measured_kl"), False),
         ("most tokens rejected", columns.get("capo/rejected_frac"), True),

@@ -106,7 +106,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 def cost_to(target: float, rewards: Sequence[float], cost: Sequence[float]) -> float:
     """What a run has spent when the mean reward of its last outcomes.WINDOW steps first reaches a target.
 
-    `rewards` (T,) are NaN for steps without one; `cost` (T,) is cumulative. The cost is that of the window's last step,
+    `rewards` (T,) are NaN where a step has none; `cost` (T,) is cumulative, read at the last step of that window,
     so never before step WINDOW; ∞ if the target is not reached, NaN if the cost is unknown.
     """
     pairs = [(reward, spent) for reward, spent in zip(rewards, cost, strict=True) if not np.isnan(reward)]
