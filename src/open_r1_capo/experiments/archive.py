@@ -2,7 +2,7 @@
 
     .venv/bin/python -m open_r1_capo.experiments.archive docs/figures/experiments.json
 
-One entry a run, by its folder under `outputs/experiments`: commit, reward of every step, largest measured KL.
+One entry for each run, by its folder under `outputs/experiments`: commit, reward of every step, largest measured KL.
 """
 
 from __future__ import annotations

@@ -117,11 +117,7 @@ def _part(members: Sequence[Token], everything: Sequence[Token], name: str) -> f
 
 
 def read(run: Run) -> list[dict[str, Any]]:
-    """The records of every step of a run, in order.
-
-    Raises:
-        RecordError: there are none, or one cannot be read.
-    """
+    """The records of every step of a run, in order; a RecordError if there are none or one cannot be read."""
     records = []
     for path in run.records_folder.glob("step*.json.gz"):
         try:

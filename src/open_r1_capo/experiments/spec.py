@@ -54,9 +54,10 @@ class Arm:
         """Recipe and overrides, as the folder of its runs is named."""
         return ",".join((self.recipe, *self.overrides))
 
-    def value(self, key: str) -> float:
-        """The number that the override of `key` sets; KeyError if there is none."""
-        return float(dict(item.split("=", 1) for item in self.overrides)[key])
+    def value(self, key: str) -> float | None:
+        """The number that the override of `key` sets, if there is one."""
+        value = dict(item.split("=", 1) for item in self.overrides).get(key)
+        return None if value is None else float(value)
 
 
 @dataclass(frozen=True)

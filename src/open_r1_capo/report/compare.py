@@ -39,12 +39,9 @@ RESULTS = (
 )
 
 
+@file_errors()
 def write_comparison(names: list[str], out: Path) -> None:
-    """Write the page of two or more run folders to the file `out`.
-
-    Raises:
-        UserError: fewer than two folders, one without a run, or one named twice.
-    """
+    """Write the page of two or more runs to `out`; a UserError for too few, one named twice, or one that is none."""
     if len(names) < 2:
         raise UserError('name two run folders or more: make compare RUNS="<run folder> <run folder>"')
     runs: dict[Path, Run] = {}
@@ -195,11 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="*")
     options = parser.parse_args(argv)
 
-    def work() -> None:
-        with file_errors():
-            write_comparison(options.runs, options.out)
-
-    return run_cli(work)
+    return run_cli(lambda: write_comparison(options.runs, options.out))
 
 
 if __name__ == "__main__":

@@ -82,10 +82,11 @@ def make(name: str, options: argparse.Namespace) -> list[Path]:
     if entry.scales:
         data = curves.load_scales(name, options.seeds, entry.keys)
     else:
-        data = curves.load(name, experiments.load(name, options.scale, options.seeds), entry.keys)
+        data = curves.load(experiments.load(name, options.scale, options.seeds), entry.keys)
     result = entry.result(data, options.smooth)
     for one in data if entry.scales else [data]:
-        curves.warn(name, one.warnings)
+        for sentence in dict.fromkeys(one.warnings):
+            print(f"warning: {name}: {sentence}", file=sys.stderr)
     try:
         plain = entry.scales or options.scale == DEFAULT_SCALE
         return save(result, name if plain else f"{name}_{options.scale}", options.out)
@@ -107,11 +108,7 @@ def drawable(scale: str) -> list[str]:
 
 
 def smoothing(text: str) -> float:
-    """Read --smooth: a weight in [0, 1), or off, which is 0.
-
-    Raises:
-        ArgumentTypeError: it is neither.
-    """
+    """Read --smooth: a weight in [0, 1), or off, which is 0; an ArgumentTypeError if it is neither."""
     try:
         value = 0.0 if text == "off" else float(text)
     except ValueError:

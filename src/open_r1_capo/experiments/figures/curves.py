@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,19 +75,11 @@ class Line:
         """The base method: a value of FAMILIES."""
         return next(name for start, name in FAMILIES.items() if self.arm.recipe.startswith(start))
 
-    def setting(self, key: str) -> float | None:
-        """The number that the arm's overrides give a setting, or None."""
-        try:
-            return self.arm.value(key)
-        except KeyError:
-            return None
-
 
 @dataclass
 class Data:
     """What a figure is drawn from."""
 
-    name: str
     experiment: Experiment
     lines: list[Line]  # one for each arm; of a grid that was searched, only the arms that were run
     warnings: list[str]  # sentences about runs that are missing, unfinished or cut
@@ -152,7 +143,7 @@ def check_settings(runs: list[RunData]) -> None:
                 )
 
 
-def load(name: str, experiment: Experiment, keys: Iterable[str]) -> Data:
+def load(experiment: Experiment, keys: Iterable[str]) -> Data:
     """Read what a figure needs of an experiment's runs: ALWAYS and `keys`; what can be done without becomes a warning.
 
     Raises:
@@ -182,11 +173,11 @@ def load(name: str, experiment: Experiment, keys: Iterable[str]) -> Data:
     if labels or not lines:
         without = f"{min(labels)!r} has no finished run; " if labels else ""
         raise FigureError(f"{without}{gap}; {command} makes them")
-    return Data(name, experiment, lines, warnings)
+    return Data(experiment, lines, warnings)
 
 
 def load_scales(name: str, seeds: int | None, keys: Iterable[str]) -> list[Data]:
-    """Read an experiment at every scale that has runs; a scale that cannot be drawn is left out with a warning.
+    """Read an experiment at every scale that can be drawn, with a warning for the others.
 
     Raises:
         FigureError: no scale can be drawn.
@@ -194,7 +185,7 @@ def load_scales(name: str, seeds: int | None, keys: Iterable[str]) -> list[Data]
     scales, warnings, keys = [], [], tuple(keys)
     for experiment in scales_with_runs(name, seeds):
         try:
-            scales.append(load(name, experiment, keys))
+            scales.append(load(experiment, keys))
         except UserError as error:
             warnings.append(f"without {experiment.scale}: {error}")
     if not scales:
@@ -213,9 +204,3 @@ def scales_with_runs(name: str, seeds: int | None) -> list[Experiment]:
 def has_runs(experiment: Experiment) -> bool:
     """Whether an experiment has any run at its scale."""
     return any(Run(experiment.folder(*job)).metrics_file.is_file() for job in experiment.runs())
-
-
-def warn(name: str, warnings: Iterable[str]) -> None:
-    """Print each warning once, on stderr, with the figure's name."""
-    for sentence in dict.fromkeys(warnings):
-        print(f"warning: {name}: {sentence}", file=sys.stderr)

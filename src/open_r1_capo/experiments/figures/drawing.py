@@ -189,11 +189,6 @@ def note(data: Data, panels: Sequence[Panel], smooth: float) -> str:
     return f"{data.experiment.scale}; {text}; mean{error}, {data.seeds}{marks}"
 
 
-def scale_and_seeds(data: Data) -> str:
-    """The sentence below a figure that is none of curves."""
-    return f"{data.experiment.scale}; {data.seeds}"
-
-
 def finish(figure: Figure, data: Data, text: str) -> None:
     """Add one legend of all lines, and the sentence `text` below."""
     handles = {}
@@ -217,7 +212,7 @@ def caption(figure: Figure, text: str) -> None:
 def heading(data: Data) -> dict[str, Any]:
     """What every figure's JSON begins with."""
     experiment = data.experiment
-    return {"name": data.name, "title": experiment.title, "scale": experiment.scale, "seeds": data.seeds}
+    return {"name": experiment.name, "title": experiment.title, "scale": experiment.scale, "seeds": data.seeds}
 
 
 def compact(value: Any) -> Any:

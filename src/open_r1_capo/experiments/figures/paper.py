@@ -68,9 +68,9 @@ def fig7(data: Data) -> Layout:
         Panel(
             "reward",
             f"in-training accuracy, {n:g} iterations a batch",
-            shows=lambda line, n=n: line.setting("num_iterations") in (None, n),
+            shows=lambda line, n=n: line.arm.value("num_iterations") in (None, n),
         )
-        for n in sorted({line.setting("num_iterations") for line in data.lines} - {None})
+        for n in sorted({line.arm.value("num_iterations") for line in data.lines} - {None})
     ]
     return panels or [ACCURACY], len(panels) or 1
 

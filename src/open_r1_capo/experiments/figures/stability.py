@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from open_r1_capo.experiments.figures import tables
 from open_r1_capo.experiments.figures.curves import FAMILIES, Data, FigureError, Line, RunData
-from open_r1_capo.experiments.figures.drawing import COLOURS, RC, Result, caption, heading, scale_and_seeds
+from open_r1_capo.experiments.figures.drawing import COLOURS, RC, Result, caption, heading
 
 MARKERS = "osD^vPX"
 STAGES = ((2, 10), (11, 20), (21, None))  # steps: a warm-up without its first, which stands still; then the collapse
@@ -40,7 +40,7 @@ def stability(data: Data) -> Result:
             axis.set_title(f"{name}: last in-training accuracy")
             axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
         text = "mean ± standard error, shifted sideways; hollow: fewer seeds; ring: largest rate usable with all"
-        caption(figure, f"{scale_and_seeds(data)}; {text}")
+        caption(figure, f"{data.experiment.scale}; {data.seeds}; {text}")
     return Result(heading(data) | numbers, figure, table)
 
 
@@ -72,13 +72,13 @@ def rates_table(data: Data) -> tuple[dict[str, list[Line]], dict[str, Any], str]
     base = tables.base_of(data)
     methods: dict[str, list[Line]] = {}
     for line in data.lines:
-        if line.setting("learning_rate") is None:
+        if line.arm.value("learning_rate") is None:
             raise FigureError(f"the arm {line.arm.label!r} sets no learning_rate, which is the horizontal axis")
         methods.setdefault(line.arm.label, []).append(line)
     numbers, rows, all_of = {}, [], len(data.experiment.seeds)
     for label, lines in methods.items():
-        lines.sort(key=lambda line: line.setting("learning_rate"))
-        rates = {line.setting("learning_rate"): tables.outcome(line, base) for line in lines}
+        lines.sort(key=lambda line: line.arm.value("learning_rate"))
+        rates = {line.arm.value("learning_rate"): tables.outcome(line, base) for line in lines}
         largest = {
             f"largest_{verdict}": max((rate for rate, one in rates.items() if one[verdict] == all_of), default=None)
             for verdict in ("survived", "usable")
@@ -88,13 +88,8 @@ def rates_table(data: Data) -> tuple[dict[str, list[Line]], dict[str, Any], str]
         cells = [f"{rate:g}: {tables.spread(one['last'])} ({one['usable']}/{one['n']})" for rate, one in rates.items()]
         ends = (f"{rate:g}" if rate else "none" for rate in largest.values())
         rows.append([label, *ends, "; ".join(cells), tables.number(kl, ".2g")])
-    header = [
-        "method",
-        "largest rate survived",
-        "largest rate usable",
-        "rate: last accuracy (usable seeds / n)",
-        "largest KL of a step, nats",
-    ]
+    header = ["method", "largest rate survived", "largest rate usable"]
+    header += ["rate: last accuracy (usable seeds / n)", "largest KL of a step, nats"]
     notes = (
         f"Mean ± standard error over seeds; by all of {all_of} seeds. {tables.RULES} The base accuracy is {base:.3f}."
     )

@@ -192,11 +192,7 @@ def table5(data: Data) -> Result:
 
 
 def efficiency(data: Data) -> Result:
-    """Table what it costs to reach the final accuracy of conservative GRPO, and what became of the runs.
-
-    Raises:
-        FigureError: no arm to take the target from.
-    """
+    """Table the cost of reaching conservative GRPO's final accuracy; a FigureError if it is not among the arms."""
     reference = next((line for line in data.lines if line.arm.recipe == "grpo_conservative"), None)
     if reference is None:
         raise FigureError("the target is the final accuracy of grpo_conservative, which is not among the arms")
@@ -254,7 +250,7 @@ def transfer(scales: Sequence[Data]) -> Result:
     )
     plain = {scale: {", ".join(label): one for label, one in arms.items()} for scale, arms in numbers.items()}
     table = markdown(title, ["arm", "settings", *numbers], rows, notes)
-    return Result({"name": scales[0].name, "title": title, "scales": plain}, table=table)
+    return Result({"name": scales[0].experiment.name, "title": title, "scales": plain}, table=table)
 
 
 def tuning(data: Data) -> Result:
