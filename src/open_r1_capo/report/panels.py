@@ -50,66 +50,64 @@ class Panel:
     percent: bool = False  # shows fractions as percentages
 
 
+def _panel(title: str, *lines: Line, **options: Any) -> Panel:
+    return Panel(title, lines, **options)
+
+
 def _shifts(name: str, title: str) -> Panel:
     """Largest, 99th percentile and whole step of one shift."""
-    lines = (
+    return _panel(
+        title,
         Line(f"capo/{name}/max", "largest token", 1),
         Line(f"capo/{name}/p99", "99th percentile", 0),
         Line(f"capo/batch_{name}", "whole step", 2),
+        log=True,
     )
-    return Panel(title, lines, log=True)
 
 
 PANELS = (
-    Panel(
+    _panel(
         "Reward and held-out accuracy",
-        (
-            Line("reward", "reward of a step", 2, "thin"),
-            Line(MEAN, f"mean of {WINDOW} steps", 0, "thick"),
-            Line("accuracy", "held-out accuracy", 1, "dots"),
-        ),
+        Line("reward", "reward of a step", 2, "thin"),
+        Line(MEAN, f"mean of {WINDOW} steps", 0, "thick"),
+        Line("accuracy", "held-out accuracy", 1, "dots"),
         low=0,
     ),
-    Panel(
+    _panel(
         "Tokens rejected, % of all",
-        (
-            Line("capo/rejected_frac_objective", "by the objective bound", 2),
-            Line("capo/rejected_frac_policy", "by the policy bound", 1),
-            Line("capo/rejected_frac", "rejected", 0),
-            Line("capo/scaled_frac", "scaled down", 3),
-        ),
+        Line("capo/rejected_frac_objective", "by the objective bound", 2),
+        Line("capo/rejected_frac_policy", "by the policy bound", 1),
+        Line("capo/rejected_frac", "rejected", 0),
+        Line("capo/scaled_frac", "scaled down", 3),
         low=0,
         percent=True,
     ),
     _shifts("policy_shift", "Policy shift m_F (nats)"),
     _shifts("objective_shift", "Objective shift |m_H|"),
-    Panel(
+    _panel(
         "KL of the update (nats)",
-        (
-            Line("capo/batch_policy_shift", "predicted at the scheduled rate", 2),
-            Line("capo/measured_kl_head", "of the last layer alone", 1),
-            Line("capo/measured_kl", "measured", 0),
-        ),
+        Line("capo/batch_policy_shift", "predicted at the scheduled rate", 2),
+        Line("capo/measured_kl_head", "of the last layer alone", 1),
+        Line("capo/measured_kl", "measured", 0),
         log=True,
     ),
-    Panel(
+    _panel(
         "Change of the surrogate objective, absolute",
-        (
-            Line("capo/batch_objective_shift", "predicted at the scheduled rate", 2),
-            Line("capo/measured_objective", "measured", 0),
-        ),
+        Line("capo/batch_objective_shift", "predicted at the scheduled rate", 2),
+        Line("capo/measured_objective", "measured", 0),
         log=True,
     ),
-    Panel("Rank correlation of m_F with the true KL", (Line("capo/kl_spearman", "Spearman, over tokens", 0),), low=0),
-    Panel("Gradient norm before clipping", (Line("grad_norm", "gradient norm", 0),), log=True),
-    Panel("Entropy (nats a token)", (Line("entropy", "entropy", 0),), low=0),
-    Panel("Learning rate", (Line("learning_rate", "scheduled", 2), Line(TAKEN, "taken", 0)), low=0),
-    Panel(
+    _panel("Rank correlation of m_F with the true KL", Line("capo/kl_spearman", "Spearman, over tokens", 0), low=0),
+    _panel("Gradient norm before clipping", Line("grad_norm", "gradient norm", 0), log=True),
+    _panel("Entropy (nats a token)", Line("entropy", "entropy", 0), low=0),
+    _panel("Learning rate", Line("learning_rate", "scheduled", 2), Line(TAKEN, "taken", 0), low=0),
+    _panel(
         "Length of completions (tokens)",
-        (Line("completions/max_length", "longest", 2, "thin"), Line("completions/mean_length", "mean", 0)),
+        Line("completions/max_length", "longest", 2, "thin"),
+        Line("completions/mean_length", "mean", 0),
         low=0,
     ),
-    Panel("Seconds a step", tuple(Line(f"time/{name}", name, colour) for colour, name in enumerate(TIMES)), low=0),
+    _panel("Seconds a step", *(Line(f"time/{name}", name, colour) for colour, name in enumerate(TIMES)), low=0),
 )
 
 
@@ -132,7 +130,7 @@ def compare_panels(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             Line(key, run["label"], run["colour"], f"{style} {run['style']}".strip(), table, error, i)
             for i, run in enumerate(runs)
         )
-        return Panel(title, tuple(lines), **options)
+        return _panel(title, *lines, **options)
 
     panels = [
         panel(f"Reward, mean of {WINDOW} steps", MEAN, low=0),

@@ -93,16 +93,14 @@ def calibration_table(data: Data) -> tuple[dict[str, Any], str]:
         for label, pair in PAIRS.items():
             seeds = [tables.pairs(run, *pair) for run in line.runs]
             clear = [one[one[:, 1] > NOISE] for one in seeds] if "KL" in label else seeds
-            arm[label] = estimates = {
+            arm[label] = values = {
                 name: tables.estimate(seeds if name == "spearman" else clear, tables.pooled(function), DRAWS)
                 for name, function in functions.items()
             }
             both = np.concatenate(seeds)
-            estimates["positive"] = float((both > 0).all(1).mean()) if len(both) else float("nan")
-            cells = [
-                tables.interval(estimates[name], ".2f" if name != "median_ratio" else "#.2g") for name in functions
-            ]
-            rows.append([line.arm.label, label, *cells, tables.number(estimates["positive"], ".0%")])
+            values["positive"] = float((both > 0).all(1).mean()) if len(both) else float("nan")
+            cells = [tables.interval(values[name], "#.2g" if name == "median_ratio" else ".2f") for name in functions]
+            rows.append([line.arm.label, label, *cells, tables.number(values["positive"], ".0%")])
         shares = [tables.pairs(run, "capo/measured_kl", "capo/measured_kl_head", 0) for run in line.runs]
         arm["share of the last layer"] = share = tables.estimate(shares, tables.pooled(median_ratio), DRAWS)
         rows.append([line.arm.label, "KL of the last layer alone / KL", "–", tables.interval(share, "#.2g"), "–", "–"])
