@@ -26,12 +26,7 @@ def line(step: int, evaluation: dict, metrics: Mapping) -> dict:
 
 
 def evaluate_run(options: argparse.Namespace) -> None:
-    """Evaluate the base model and every checkpoint of a run; eval.jsonl grows with each.
-
-    Raises:
-        EvalError: there is no complete checkpoint, or the run has measured TEST itself.
-        UserError: a checkpoint cannot be evaluated.
-    """
+    """Evaluate a run's base model and every checkpoint; eval.jsonl grows with each. A UserError if one cannot be."""
     run = Run(options.run)
     checkpoints = run.checkpoints()
     if not checkpoints:

@@ -1,7 +1,7 @@
 """The same next step under another rule: what would masking have done at each checkpoint of a run?
 
 Resuming is exact, so every arm that starts from a checkpoint sees the completions that the run saw next. Each arm
-takes that one step; what differs afterwards is the rule's doing.
+takes that one step; any difference afterwards comes from its rule.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class OneStepTrainer(CAPOTrainer):
         self.add_callback(_StopAfterStep())
 
     def after_step(self) -> None:
-        """Keep the micro-batches before they are forgotten."""
+        """Keep the micro-batches before the base class drops them."""
         self.micro_batches = list(self.update.micro_batches)
         super().after_step()
 

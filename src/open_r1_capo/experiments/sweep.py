@@ -158,7 +158,7 @@ def next_probe(arms: Sequence[Arm], experiment: Experiment, outcome: Callable[[J
 
 
 def _survival(experiment: Experiment) -> Callable[[Job], bool | None]:
-    """Look up what became of the runs: a run lives if it ends near its best and not below the base policy."""
+    """Look up what became of the runs; in a search, whether they ended near their best and above the base policy."""
     runs = {job: Run(experiment.folder(*job)) for job in experiment.runs()}
     finished = {job: run for job, run in runs.items() if run.summary is not None}
     if not experiment.search:

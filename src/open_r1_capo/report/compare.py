@@ -23,8 +23,8 @@ from open_r1_capo.runs.exit import UserError, run_cli
 from open_r1_capo.runs.run import NOT_IDENTITY, Run, write_atomically
 from open_r1_capo.runs.summary import finite
 
-NOT_COMPARED = ("output_root", "environment.processor", "environment.python")  # where, not what
-# a column of the results: its head, how a number is written, what stands between two, and where the summary has them
+NOT_COMPARED = ("output_root", "environment.processor", "environment.python")  # where it ran, not what
+# columns of the results: head, number format, what separates two numbers, and their paths in a summary
 RESULTS = (
     ("steps", ",.0f", "", ["steps"]),
     ("completions", ",.0f", "", ["completions"]),

@@ -1,6 +1,6 @@
-"""What the page says beside the curves: the result in a few figures, where the time went, and the steps to look at.
+"""What the page shows beside the curves: the result in a few figures, the time by activity, the steps to look at.
 
-`columns` are metric columns: name → a number or None a step.
+`columns` are metric columns: name → a number or None for each step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Read the runs of an experiment into columns for the figures, and refuse those that cannot stand in one mean."""
+"""Read the runs of an experiment into columns for the figures; seeds of different settings are refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RunData:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has reached its max_steps; until then, its last accuracy is not the others' last."""
+        """Whether the run has reached its max_steps; the last accuracy of an unfinished run cannot be compared."""
         done = self.columns["step"].max(initial=0)
         return 0 < done >= (self.settings.get("max_steps") or 0)
 
@@ -114,11 +114,7 @@ def rows_of(path: Path, warnings: list[str]) -> list[dict[str, Any]]:
 
 
 def read_run(run: Run, keys: Iterable[str], warnings: list[str]) -> RunData:
-    """Read a run's metrics, ALWAYS and `keys`, and its TEST if `keys` has it; cut-off lines become warnings.
-
-    Raises:
-        FigureError: a broken line, or a value that is no number.
-    """
+    """Read ALWAYS, `keys` and, if among them, TEST; a FigureError for a broken line or a value that is no number."""
     rows, columns = rows_of(run.metrics_file, warnings), {}
     for key in dict.fromkeys((*ALWAYS, *keys)):
         values = [row.get(key) for row in rows]
@@ -144,11 +140,7 @@ def check_settings(runs: list[RunData]) -> None:
 
 
 def load(experiment: Experiment, keys: Iterable[str]) -> Data:
-    """Read what a figure needs of an experiment's runs: ALWAYS and `keys`; what can be done without becomes a warning.
-
-    Raises:
-        FigureError: an arm without a finished run, a broken file, or seeds of different settings.
-    """
+    """Read ALWAYS and `keys` of an experiment's runs; a FigureError if an arm's runs are missing or do not match."""
     keys, warnings, lines, absent = tuple(keys), [], [], []
     for arm in experiment.arms:
         runs = []

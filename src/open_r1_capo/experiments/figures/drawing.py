@@ -1,6 +1,6 @@
-"""How the figures look: panels of lines with their standard error, one legend, one sentence on what is shown.
+"""How the figures look: panels of lines with their standard error, a legend, and a sentence on what is shown.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart; line styles tell them apart in grey print.
+The colours are Okabe and Ito's, which colour-blind readers can tell apart; the line styles differ in grey print, too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LIMIT = 200_000  # bytes of a figure's JSON
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PINK, BLACK = "#56B4E9", "#CC79A7", "#000000"
 DASH, DOT, MIX = (5, 2), (1.2, 1.4), (6, 1.6, 1.2, 1.6)  # in line widths
-# a method looks the same in every figure: (colour, dashes); CAPO's are solid, their base methods dashed
+# a method's (colour, dashes) in every figure; CAPO's are solid, their base methods dashed
 STYLES = {
     "grpo_conservative": (BLACK, DOT),
     "grpo_aggressive": (RED, DASH),
@@ -104,7 +104,7 @@ def draw_panel(axis: Axes, data: Data, panel: Panel, smooth: float) -> list[dict
             continue
         x, mean, error = curve(line, panel, smooth)
         if panel.scale == "log":
-            mean = np.where(mean > 0, mean, np.nan)  # a gap, where the band would otherwise reach down to nowhere
+            mean = np.where(mean > 0, mean, np.nan)  # a gap: no logarithm
         thin = {"lw": 1.0, "alpha": 0.85} if not panel.smooth and panel.key != TEST else {}
         marks = {"marker": "o", "ms": 2.5} if panel.key == TEST else {}
         axis.plot(x, mean, label=line.arm.label, **style, **thin, **marks)
@@ -190,7 +190,7 @@ def note(data: Data, panels: Sequence[Panel], smooth: float) -> str:
 
 
 def finish(figure: Figure, data: Data, text: str) -> None:
-    """Add one legend of all lines, and the sentence `text` below."""
+    """Add one legend for all lines, and the sentence `text` below."""
     handles = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):

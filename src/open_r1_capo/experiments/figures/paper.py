@@ -86,7 +86,7 @@ def fig9(data: Data) -> Layout:
 
 
 def fig10(data: Data) -> Layout:
-    """Accuracy against the tokens that were learnt from."""
+    """Accuracy against the number of tokens that were learned from."""
     panels = [Panel(panel.key, panel.title, x="accepted_tokens") for panel in with_test(data)]
     return panels, len(panels)
 

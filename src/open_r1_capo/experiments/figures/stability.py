@@ -14,7 +14,7 @@ from open_r1_capo.experiments.figures.curves import FAMILIES, Data, FigureError,
 from open_r1_capo.experiments.figures.drawing import COLOURS, RC, Result, caption, heading
 
 MARKERS = "osD^vPX"
-STAGES = ((2, 10), (11, 20), (21, None))  # steps: a warm-up without its first, which stands still; then the collapse
+STAGES = ((2, 10), (11, 20), (21, None))  # steps: the warm-up without its first, at rate 0; then two later stages
 
 
 def stability(data: Data) -> Result:

@@ -1,4 +1,4 @@
-"""The tables of the paper and ours, as Markdown and as numbers, and what all tables are written with."""
+"""The tables of the paper and ours, as Markdown and numbers, and the helpers that all tables share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from open_r1_capo.experiments.figures.curves import TEST, Data, FigureError, Lin
 from open_r1_capo.experiments.figures.drawing import Result, heading
 from open_r1_capo.runs import outcomes
 
-SECONDS = {  # the rows of Table 1, as far as TRL's step can be told apart
+SECONDS = {  # the rows of Table 1 that TRL's step can be split into
     "time/generate": "generation",
     "time/reward": "reward",
     "time/curvature": "CAPO: shifts, selection, moments",
@@ -38,13 +38,13 @@ Estimate = dict[str, float]  # value, and the ends low and high of its 95 % boot
 
 
 def markdown(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: str) -> str:
-    """Lay a table out, its title above and its notes, which say how every number was made, below."""
+    """A Markdown table with a title above, and below the notes on how its numbers were made."""
     lines = [f"**{title}**", "", f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), "", notes, ""])
 
 
 def number(value: float, form: str = ".3f") -> str:
-    """Write a number; – for one that is not known, and words for a target that is not reached."""
+    """Write a number; – for an unknown one, and words for a target that is not reached."""
     if math.isnan(value):
         return "–"
     return "not reached" if math.isinf(value) else format(value, form).rstrip(".")
