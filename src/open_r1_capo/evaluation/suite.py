@@ -90,7 +90,7 @@ SUITES = {"open": OPEN} | {name: drawn(name) for name, source in PROBLEMS.items(
 
 
 def select(names: str | None, default: str = "open") -> tuple[Benchmark, ...]:
-    """Choose benchmarks by names, of suites too, split at commas or spaces; a DataError if one is unknown."""
+    """Choose benchmarks by the names of benchmarks or suites; a DataError if a name is unknown."""
     known = [benchmark for suite in SUITES.values() for benchmark in suite]
     chosen: set[str] = set()
     for name in re.split(r"[,\s]+", (names or "").strip() or default):

@@ -41,7 +41,7 @@ RESULTS = (
 
 @file_errors()
 def write_comparison(names: list[str], out: Path) -> None:
-    """Write the page of two or more runs to `out`; a UserError for too few, one named twice, or one that is none."""
+    """Write the page of two runs or more; a UserError if a folder is named twice or holds no run."""
     if len(names) < 2:
         raise UserError('name two run folders or more: make compare RUNS="<run folder> <run folder>"')
     runs: dict[Path, Run] = {}
