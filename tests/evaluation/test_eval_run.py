@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from open_r1_capo.evaluation import __main__ as command_line
-from open_r1_capo.evaluation import backends, evaluate, model, suite
+from open_r1_capo.evaluation import backends, model, suite
 from open_r1_capo.runs.checkpoints import seal
 from open_r1_capo.tasks.data import SYSTEM_PROMPT, make_prompt
 from open_r1_capo.tasks.lab import policy
@@ -47,11 +47,11 @@ def engine(monkeypatch, tiny_policy, tmp_path):
     def details(job, benchmark):
         return [{"id": str(i), "accuracy": share, "answers": ["1", "2"]} for i, share in enumerate((0.5, 1.0))]
 
-    monkeypatch.setattr(evaluate, "run_vllm", generate)
-    monkeypatch.setattr(evaluate, "run_transformers", generate)
-    monkeypatch.setattr(evaluate, "read_details", details)
-    monkeypatch.setattr(evaluate, "choose_backend", lambda wanted: "vllm")
-    monkeypatch.setattr(evaluate, "versions", lambda backend: ({"vllm": "1"}, {"math-verify": "1"}))
+    monkeypatch.setattr(backends, "run_vllm", generate)
+    monkeypatch.setattr(backends, "run_transformers", generate)
+    monkeypatch.setattr(backends, "read_details", details)
+    monkeypatch.setattr(backends, "choose_backend", lambda wanted: "vllm")
+    monkeypatch.setattr(backends, "versions", lambda backend: ({"vllm": "1"}, {"math-verify": "1"}))
     folder = tmp_path / "policy"
     shutil.copytree(tiny_policy, folder)
     data = tmp_path / "data"

@@ -174,7 +174,7 @@ def test_a_curve_is_the_mean_over_seeds(fig2, capsys):
 
 
 def test_smoothing_is_applied_and_stated(fig2):
-    data = curves.load("fig1", fig2, ())
+    data = curves.load(fig2, ())
     result = drawing.draw(data, *paper.fig1(data), 0.9)
     smoothed = [stats.ema(rewards, 0.9) for rewards in rewards_of(fig2, "CAPO")]
     arm = next(arm for arm in result.numbers["panels"][0]["arms"] if arm["label"] == "CAPO")
@@ -191,7 +191,7 @@ def test_every_figure_is_made(place, fig2):
         if entry.scales:
             data = curves.load_scales(name, None, entry.keys)
         else:
-            data = curves.load(name, experiments.load(name), entry.keys)
+            data = curves.load(experiments.load(name), entry.keys)
         result = entry.result(data, 0.9)
         assert result.figure is not None or result.table, name
         assert len(json.dumps(drawing.compact(result.numbers))) < drawing.LIMIT, name
@@ -212,7 +212,7 @@ def test_panels_that_share_an_axis_hold_every_curve(place, high):
         drawing.Panel("reward", one.label, shows=lambda line, label=one.label: line.arm.label == label)
         for one in experiment.arms
     ]
-    figure = drawing.draw(curves.load("fig6", experiment, ()), panels, 2, 0.0).figure
+    figure = drawing.draw(curves.load(experiment, ()), panels, 2, 0.0).figure
     assert all(low == 0 and top > 5 for low, top in (axis.get_ylim() for axis in figure.axes))
     drawing.plt.close(figure)
 
@@ -221,7 +221,7 @@ def test_the_papers_points_are_drawn_at_its_scale_alone(place):
     for scale, marks in (("lab", 0), ("qwen2.5-math-7b", 3)):
         experiment = experiments.load("fig2", scale)
         synthetic_runs.write_experiment(experiment)
-        data = curves.load("fig1", experiment, ())
+        data = curves.load(experiment, ())
         result = drawing.draw(data, *paper.fig1(data), 0.9)
         drawn = [line for line in result.figure.axes[0].get_lines() if line.get_marker() == "D"]
         assert len(drawn) == marks
@@ -229,7 +229,7 @@ def test_the_papers_points_are_drawn_at_its_scale_alone(place):
 
 
 def test_efficiency_by_hand(fig2):
-    numbers = tables.efficiency(curves.load("efficiency", fig2, ("test",))).numbers
+    numbers = tables.efficiency(curves.load(fig2, ("test",))).numbers
     target = np.mean([outcomes.last_accuracy(list(one)) for one in rewards_of(fig2, "GRPO")])
     assert numbers["target"] == pytest.approx(target)
     plain, ours = numbers["arms"]["GRPO (A)"], numbers["arms"]["ReinCAPO"]
@@ -238,7 +238,7 @@ def test_efficiency_by_hand(fig2):
     by_hand = [stats.cost_to(target, one, np.arange(1, 101) * 96) for one in rewards_of(fig2, "ReinCAPO")]
     assert ours["costs"]["completions"]["value"] == min(by_hand)
     assert ours["collapsed"] == 0
-    without = curves.load("efficiency", experiments.load("fig5"), ())
+    without = curves.load(experiments.load("fig5"), ())
     with pytest.raises(curves.FigureError, match="grpo_conservative"):
         tables.efficiency(without)
 
@@ -259,7 +259,7 @@ def test_calibration_finds_slope_ratio_and_rank():
 
 def test_table5_has_intervals_around_its_values(fig2):
     entry = figures.FIGURES["table5"]
-    result = tables.table5(curves.load("table5", experiments.load("table5"), entry.keys))
+    result = tables.table5(curves.load(experiments.load("table5"), entry.keys))
     assert set(result.numbers["arms"]) == {"GRPO (A)", "CAPO"}
     for found in result.numbers["arms"]["CAPO"].values():
         assert found["low"] <= found["value"] <= found["high"]
@@ -270,7 +270,7 @@ def test_stability_marks_the_largest_rate_that_every_seed_survives(place):
     for arm, seed in experiment.runs():
         if arm.recipe == "grpo_aggressive" or arm.value("learning_rate") == 3.2e-3:  # a searched grid has gaps
             synthetic_runs.write_run(experiment.folder(arm, seed), arm, seed)
-    data = curves.load("stability", experiment, figures.FIGURES["stability"].keys)
+    data = curves.load(experiment, figures.FIGURES["stability"].keys)
     assert not data.warnings
     _, numbers, _ = stability.rates_table(data)
     assert numbers["methods"]["GRPO"]["largest_survived"] == 8e-4
@@ -280,7 +280,7 @@ def test_stability_marks_the_largest_rate_that_every_seed_survives(place):
 def test_tuning_takes_the_second_half(place):
     experiment = experiments.load("tuning_methods")
     synthetic_runs.write_experiment(experiment)
-    result = tables.tuning(curves.load("tuning_methods", experiment, tables.ACTS))
+    result = tables.tuning(curves.load(experiment, tables.ACTS))
     low, high = result.numbers["methods"]["GRPO"].values()
     rows = [synthetic_runs.metrics(experiment.arms[0], seed) for seed in (2, 3)]
     assert low["reward"] == pytest.approx([np.mean([row["reward"] for row in one[50:]]) for one in rows])
@@ -335,25 +335,25 @@ def test_seeds_of_different_settings_are_refused(fig2):
     config = fig2.folder(arm, 3) / "config.yaml"
     text = config.read_text()
     config.write_text(text.replace("seed: 3", "seed: 3\nnum_threads: 4"))  # makes no run another run
-    assert curves.load("fig1", fig2, ()).lines
+    assert curves.load(fig2, ()).lines
     config.write_text(text.replace("temperature: 0.9", "temperature: 1.0"))
     with pytest.raises(curves.FigureError, match=r"seed2 and .*seed3.*temperature: 0.9 / 1.0"):
-        curves.load("fig1", fig2, ())
+        curves.load(fig2, ())
 
 
 def test_broken_lines(fig2):
     path = fig2.folder(fig2.arms[0], 2) / "metrics.jsonl"
     lines = path.read_text()
     path.write_text(lines + '{"step": 101, "rew')
-    data = curves.load("fig1", fig2, ())
+    data = curves.load(fig2, ())
     assert data.warnings == [f"the last line of {path} was cut off and is left out"]
     assert len(data.lines[0].runs[0].rewards) == 100
     path.write_text("{broken\n" + lines)
     with pytest.raises(curves.FigureError, match=r"metrics.jsonl:1 is not a JSON object"):
-        curves.load("fig1", fig2, ())
+        curves.load(fig2, ())
     path.write_text(lines.replace('"reward": 0', '"reward": "x", "y": 0', 1))
     with pytest.raises(curves.FigureError, match=r"metrics.jsonl:1 has 'x' for reward"):
-        curves.load("fig1", fig2, ())
+        curves.load(fig2, ())
 
 
 @pytest.mark.parametrize("content", [b"", b"- a\n", b"\xff"])

@@ -14,7 +14,7 @@ def runs_of(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     experiment = experiments.load(name, seeds=2)
     synthetic_runs.write_experiment(experiment)
-    return experiment, curves.load(name, experiment, figures.FIGURES[name].keys)
+    return experiment, curves.load(experiment, figures.FIGURES[name].keys)
 
 
 def test_means_over_stages_and_seeds(monkeypatch, tmp_path):

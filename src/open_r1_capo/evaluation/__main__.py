@@ -56,7 +56,7 @@ def evaluate_model(options: argparse.Namespace) -> None:
 
 
 def terminate(signum: int, frame: object) -> None:
-    """Turn SIGTERM and SIGHUP into an exit that runs every `finally`, so that no server stays behind."""
+    """Exit on SIGTERM and SIGHUP such that every `finally` runs and no server stays behind."""
     sys.exit(128 + signum)
 
 

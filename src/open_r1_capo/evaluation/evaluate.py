@@ -1,7 +1,6 @@
-"""Evaluates one model, and takes over from earlier calls what is unchanged.
+"""Evaluates one model, reusing what earlier calls measured.
 
-Each test set's outcome is kept under a key that holds everything that determines the number, so that nothing stale is
-ever taken over.
+Each test set's outcome is stored under a key of everything that determines it, so no stale result is reused.
 """
 
 from __future__ import annotations
@@ -11,23 +10,12 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from open_r1_capo.evaluation import EvalError, results, scoring, suite
-from open_r1_capo.evaluation.backends import (
-    LAUNCHER,
-    ROOT,
-    TASKS,
-    Job,
-    Sampling,
-    choose_backend,
-    read_details,
-    run_transformers,
-    run_vllm,
-    versions,
-)
+from open_r1_capo.evaluation import EvalError, backends, results, scoring, suite
+from open_r1_capo.evaluation.backends import LAUNCHER, ROOT, TASKS, Job, Sampling
 from open_r1_capo.evaluation.model import Model
 from open_r1_capo.evaluation.suite import Benchmark
 from open_r1_capo.runs.run import write_atomically
@@ -46,22 +34,18 @@ def commit() -> str:
 
 
 def scoring_sources() -> str:
-    """A hash of the files that turn answers into scores: another scoring is another number."""
+    """A hash of the files that turn answers into scores."""
     files = [TASKS, *(Path(module.__file__) for module in (suite, scoring, rewards, verifier, data))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def digest(value: object) -> str:
-    """16 hexadecimal digits of a value that json can write."""
+    """16 hexadecimal digits that identify a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def claim(folder: Path, model: Model) -> None:
-    """Make a results folder this model's.
-
-    Raises:
-        EvalError: it holds results of another model, or something else.
-    """
+    """Reserve a results folder for this model; an EvalError if it holds anything but results of this model."""
     path = folder / "model.json"
     if path.exists():
         owner = json.loads(path.read_text())
@@ -81,18 +65,13 @@ def claim(folder: Path, model: Model) -> None:
 def prepare_data(
     benchmarks: Sequence[Benchmark], source: Path | None, folder: Path
 ) -> tuple[list[Benchmark], dict[str, str], list[str]]:
-    """Write the test sets where lighteval reads them.
-
-    Args:
-        benchmarks: the test sets.
-        source: folder of local files, or None for the hub.
-        folder: where to.
+    """Write the test sets into `folder`, where lighteval reads them; `source` has local files, None is the hub.
 
     Returns:
-        Those that can be had, their sha256 by name, and the titles of those that cannot: GPQA-Diamond without access.
+        The test sets that can be read, their sha256 by name, and the titles of those that cannot (gated GPQA-Diamond).
 
     Raises:
-        DataError: a test set cannot be read, GPQA-Diamond among others excepted.
+        DataError: a test set cannot be read, except GPQA-Diamond among others.
     """
     present, hashes, missing = [], {}, []
     for benchmark in benchmarks:
@@ -109,63 +88,41 @@ def prepare_data(
     return present, hashes, missing
 
 
-def _token_counter(model: Model) -> Callable[[list[str]], list[int]]:
+def run_tasks(job: Job, todo: Sequence[Benchmark], keys: dict[str, str], backend: str, out: Path) -> None:
+    """Evaluate the test sets `todo` and write each outcome, under its key, into `out`."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model.folder)
-    # one more for the end-of-text token, which is generated but not part of the text; lighteval reports no counts
-    return lambda texts: [len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-
-
-def run_tasks(job: Job, todo: Sequence[Benchmark], keys: dict[str, str], backend: str, out: Path) -> None:
-    """Evaluate test sets and write the outcome of each.
-
-    Args:
-        job: what lighteval needs.
-        todo: the test sets.
-        keys: what determines each one's number, by name.
-        backend: vllm or transformers.
-        out: results folder.
-    """
     (out / "tasks").mkdir(exist_ok=True)
-    count = _token_counter(job.model)
-    run = run_vllm if backend == "vllm" else run_transformers
+    tokenizer = AutoTokenizer.from_pretrained(job.model.folder)
+    run = backends.run_vllm if backend == "vllm" else backends.run_transformers
     # vLLM's requests are cached one by one; transformers loses what is unfinished, so it gets one set at a time
     for group in [todo] if backend == "vllm" else [[benchmark] for benchmark in todo]:
         run(job, group)
         for benchmark in group:
-            problems = read_details(job, benchmark)
+            problems = backends.read_details(job, benchmark)
             for problem in problems:
-                counts = count(problem.pop("answers"))
-                problem["tokens"] = [min(tokens, job.sampling.max_tokens) for tokens in counts]
+                # lighteval reports no counts; one more for the end-of-text token, which is not part of the text
+                answers = tokenizer(problem.pop("answers"), add_special_tokens=False)["input_ids"]
+                problem["tokens"] = [min(len(ids) + 1, job.sampling.max_tokens) for ids in answers]
             outcome = {"key": keys[benchmark.name], "problems": problems}
             write_atomically(out / "tasks" / f"{benchmark.name}.json", json.dumps(outcome))
 
 
 def stored(out: Path, name: str, key: str) -> list[dict] | None:
-    """The problems of a test set, scored; None if it was not evaluated under this key."""
+    """The scored problems of a test set; None if it was not evaluated under this key."""
     path = out / "tasks" / f"{name}.json"
     outcome = json.loads(path.read_text()) if path.exists() else {}
     return outcome["problems"] if outcome.get("key") == key else None
 
 
 def evaluate(model: Model, options: argparse.Namespace, out: Path) -> dict:
-    """Evaluate one model.
-
-    Args:
-        model: the model.
-        options: of the command line (`__main__`).
-        out: results folder.
-
-    Returns:
-        What results.json holds.
-    """
+    """Evaluate one model with the command line's options; returns the content of results.json."""
     claim(out, model)
     present, hashes, missing = prepare_data(suite.select(options.tasks, model.suite), options.data, out / "data")
-    backend = choose_backend(options.backend)
+    backend = backends.choose_backend(options.backend)
     longest = max(1, min(LONGEST, model.context - min(RESERVED, model.context // 4))) if model.context else LONGEST
     sampling = Sampling(options.temperature, options.top_p, options.max_tokens or longest, options.seed)
-    generating, scoring_versions = versions(backend)
+    generating, scoring_versions = backends.versions(backend)
     identity = {
         "model": model.fingerprint,
         "template": prompt_template_hash(model.system_prompt),

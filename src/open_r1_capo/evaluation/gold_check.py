@@ -24,14 +24,10 @@ def sentence(boxed_gold: str) -> str:
 
 
 def check(rows: Sequence[dict], originals: Sequence[str]) -> tuple[list[tuple], list[tuple]]:
-    """Score each gold answer with itself and with another problem's.
-
-    Args:
-        rows: records of a test set.
-        originals: the source's own spelling of each gold answer, in a box, which is what a model would write.
+    """Score each gold answer with itself and with another problem's; `originals` are the source's boxed spellings.
 
     Returns:
-        The exceptions: (id, gold, score) of answers that are not right, (id, gold, other) of swaps that are not wrong.
+        The exceptions: (id, gold, score) of answers scored wrong, (id, gold, other) of swapped answers scored right.
     """
     own = score([(r["kind"], r["gold"], sentence(o)) for r, o in zip(rows, originals, strict=True)])
     wrong = [(r["id"], r["gold"], s) for r, s in zip(rows, own, strict=True) if s != 1.0]
@@ -52,15 +48,7 @@ def original_answers(benchmark: Benchmark, folder: str) -> list[str]:
 
 
 def wanted(folder: str, names: Sequence[str]) -> list[Benchmark]:
-    """Choose the test sets to check; GPQA-Diamond has letters for answers, and no local file.
-
-    Args:
-        folder: of the local files.
-        names: test sets; all that the folder holds if empty.
-
-    Raises:
-        DataError: there are none, or a name is unknown.
-    """
+    """The named test sets, or all in the folder; a DataError if there are none. GPQA-Diamond has no local file."""
     files = {path.stem for path in Path(folder).glob("*.jsonl")}
     chosen = [b for b in select(",".join(names)) if b.kind != "choice" and (names or b.name in files)]
     if not chosen:

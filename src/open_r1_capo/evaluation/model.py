@@ -23,21 +23,13 @@ NOT_WEIGHTS = ("training_args.bin",)
 
 @dataclass(frozen=True)
 class Model:
-    """A model to evaluate.
+    """A model to evaluate."""
 
-    Attributes:
-        name: what the user called it.
-        folder: where its files are.
-        fingerprint: 16 hexadecimal digits of the content of its files.
-        suite: the test sets that fit it, a name of `suite.SUITES`.
-        system_prompt: the one it was trained with; "" for none.
-    """
-
-    name: str
+    name: str  # what the user called it
     folder: Path
     fingerprint: str
-    suite: str
-    system_prompt: str
+    suite: str  # the test sets that fit it, a name of `suite.SUITES`
+    system_prompt: str  # the one it was trained with; "" for none
 
     @property
     def context(self) -> int | None:
@@ -46,7 +38,7 @@ class Model:
 
 
 def fingerprint(folder: Path) -> str:
-    """Identify a model by the content of its files, so that overwritten weights are another model."""
+    """16 hexadecimal digits of the content of a model's files, so that overwritten weights are another model."""
     files = {file for pattern in (*WEIGHTS, *RECIPES) for file in folder.glob(pattern) if file.name not in NOT_WEIGHTS}
     total = hashlib.sha256()
     for file in sorted(files):
@@ -59,7 +51,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def _download(name: str) -> Path:
-    """Bring a model from the hub, or from its cache."""
+    """Get a model from the hub or its cache."""
     import huggingface_hub
 
     try:
@@ -69,15 +61,8 @@ def _download(name: str) -> Path:
         raise EvalError(f"{name} is no folder here, and the hub does not give it: {cause}") from error
 
 
-def _base_policy(name: str, settings: Mapping[str, Any]) -> str:
-    """The folder or hub id of what a run's settings, or nobody's, call `name`."""
-    from open_r1_capo.settings.run import policy_settings  # Hydra and all settings, for a policy that is made
-
-    return policy_source(name).folder(name, policy_settings(name, dict(settings)))
-
-
 def _training_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the run that a folder is a checkpoint of; empty if of none."""
+    """The settings of the run that a checkpoint belongs to; empty if there is none."""
     run = run_of(folder)
     try:
         return run.settings if run else {}
@@ -87,17 +72,16 @@ def _training_settings(folder: Path) -> dict[str, Any]:
 
 
 def resolve(name: str, settings: Mapping[str, Any] | None = None) -> Model:
-    """Find a model, and make it if it is a policy that has to be made.
+    """Find a model by folder, hub id or policy name (such as `lab`); a policy that has to be made is made.
 
-    Args:
-        name: a folder, a name on the hub, or a policy of `tasks.source`, such as `lab`.
-        settings: of the run that started from this model, which shape a policy that is made.
+    `settings` are those of the run that started from the model; they shape such a policy.
 
     Raises:
         EvalError: there is no such model, or the folder holds none.
-        UserError: the policy cannot be made.
     """
-    path = _base_policy(name, settings or {})
+    from open_r1_capo.settings.run import policy_settings  # Hydra and all settings, for a policy that is made
+
+    path = policy_source(name).folder(name, policy_settings(name, dict(settings or {})))
     folder = Path(path) if Path(path).exists() else _download(path)
     if not (folder / "config.json").is_file() or not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         raise EvalError(f"{folder} holds no model (config.json and weights as .safetensors)")

@@ -11,27 +11,18 @@ from open_r1_capo.runs.run import write_atomically
 
 
 def problem_error(means: Sequence[float]) -> float | None:
-    """Standard error of the accuracy over problems and samples: another set of such problems would differ by this.
+    """Standard error over problems and samples: the standard deviation (n − 1) of the problems' accuracies over √n.
 
-    Args:
-        means: share of right answers of each problem.
-
-    Returns:
-        The standard deviation of the shares (n − 1) over √n; None for a single problem.
+    Another set of such problems would differ by this. None for a single problem.
     """
     n, mean = len(means), sum(means) / len(means)
     return math.sqrt(sum((m - mean) ** 2 for m in means) / (n - 1) / n) if n > 1 else None
 
 
 def sample_error(means: Sequence[float], samples: int) -> float | None:
-    """Standard error over samples alone: another evaluation of the same problems would differ by this.
+    """Standard error over samples alone: √(Σ p(1 − p) / (samples − 1)) / n of the problems' accuracies p.
 
-    Args:
-        means: share of right answers of each problem.
-        samples: answers a problem.
-
-    Returns:
-        √(Σ p(1 − p) / (samples − 1)) / n, from the variance of each problem's answers; None for one answer a problem.
+    Another evaluation of the same problems would differ by this. None for one answer per problem.
     """
     if samples < 2:
         return None
@@ -39,15 +30,10 @@ def sample_error(means: Sequence[float], samples: int) -> float | None:
 
 
 def summarise(problems: Sequence[dict], samples: int, max_tokens: int) -> dict:
-    """Reduce the problems of a test set to its row of the table.
+    """Reduce a test set to its row of the table.
 
-    Args:
-        problems: `accuracy` (None if the gold answer could not be parsed) and `tokens` (of each answer) of each.
-        samples: answers a problem.
-        max_tokens: longest answer that was allowed, in tokens.
-
-    Returns:
-        accuracy, stderr (over problems), stderr_samples, n, samples, excluded, tokens, mean_tokens, cut_off.
+    A problem has `accuracy` (None: the gold answer could not be parsed) and `tokens` of each answer; answers of
+    `max_tokens` tokens were cut off.
     """
     means = [problem["accuracy"] for problem in problems if problem["accuracy"] is not None]
     tokens = [count for problem in problems for count in problem["tokens"]]
@@ -65,15 +51,7 @@ def summarise(problems: Sequence[dict], samples: int, max_tokens: int) -> dict:
 
 
 def test_mean(rows: dict[str, dict], missing: Sequence[str]) -> dict:
-    """Average the test sets, each with the same weight.
-
-    Args:
-        rows: row of each test set, by name.
-        missing: titles of the suite's sets that were not evaluated.
-
-    Returns:
-        accuracy, its stderr (the sets' errors are independent), over (how many sets), missing.
-    """
+    """Average the test sets with equal weights; their errors are independent. `missing` are titles of absent sets."""
     scored = [row for row in rows.values() if row["accuracy"] is not None]
     errors = [row["stderr"] for row in scored]
     return {

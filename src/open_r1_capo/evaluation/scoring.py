@@ -26,11 +26,7 @@ _NUMBER = re.compile(
 
 
 def number(text: str) -> float | None:
-    r"""Read a number in decimal or scientific notation, with or without a unit; None if the text is something else.
-
-    Args:
-        text: such as `4.5 \times 10^{33}`, `4.5e33`, `15,000 \mathrm{~km}`, or `-1/3`.
-    """
+    r"""Read a number such as `4.5 \times 10^{33}`, `4.5e33`, `15,000 \mathrm{~km}` or `-1/3`; None if it is none."""
     text = re.sub(r"^(\s|~|\\[,;:!]|\\approx|\$)+|[\s.$]+$", "", text).replace("{,}", "")
     parts = _NUMBER.fullmatch(text)
     if not parts:
@@ -42,15 +38,7 @@ def number(text: str) -> float | None:
 
 
 def same_number(gold: str, answer: str) -> bool | None:
-    """Compare two numbers with Minerva's tolerance.
-
-    Args:
-        gold: the gold answer, in a box.
-        answer: a completion.
-
-    Returns:
-        The verdict, or None if the gold answer is no number, or the answer could equal it in another notation.
-    """
+    """Compare two boxed numbers with Minerva's tolerance; None if only math-verify can decide."""
     right, given = number(last_boxed(gold) or ""), number(last_boxed(answer) or "")
     if right is None:
         return None
@@ -70,15 +58,7 @@ def choice(answer: str) -> str | None:
 
 
 def score(items: Sequence[tuple[str, str, str]], verifier: Verifier | None = None) -> list[float | None]:
-    """Score answers.
-
-    Args:
-        items: kind, gold answer and completion of each.
-        verifier: the pool to use, by default that of the accuracy reward.
-
-    Returns:
-        1.0 or 0.0 for each, in order; None where the gold answer cannot be parsed.
-    """
+    """Score items of kind, gold answer and completion: 1.0, 0.0, or None if the gold answer cannot be parsed."""
     verdicts: list[bool | None] = []
     for kind, gold, answer in items:
         if kind == "choice":

@@ -18,16 +18,7 @@ KEPT = ("completions", "accepted_tokens")  # the two horizontal axes of the curv
 
 
 def line(step: int, evaluation: dict, metrics: Mapping) -> dict:
-    """Make the line of a checkpoint.
-
-    Args:
-        step: its optimizer step.
-        evaluation: what its results.json holds.
-        metrics: of that step.
-
-    Returns:
-        step, completions, accepted_tokens, test, test_stderr, over, and each test set's accuracy and stderr.
-    """
+    """A checkpoint's line of eval.jsonl, from its results.json and the metrics of its step."""
     test = evaluation["test"]
     tasks = {name: {key: row[key] for key in ("accuracy", "stderr")} for name, row in evaluation["tasks"].items()}
     head = {"step": step} | {key: metrics.get(key) for key in KEPT}
@@ -35,15 +26,7 @@ def line(step: int, evaluation: dict, metrics: Mapping) -> dict:
 
 
 def evaluate_run(options: argparse.Namespace) -> None:
-    """Evaluate the base model and every checkpoint of a run; eval.jsonl grows with each.
-
-    Args:
-        options: of the command line (`__main__`).
-
-    Raises:
-        EvalError: there is no complete checkpoint, or the run has measured TEST itself.
-        UserError: a checkpoint cannot be evaluated.
-    """
+    """Evaluate a run's base model and every checkpoint; eval.jsonl grows with each. A UserError if one cannot be."""
     run = Run(options.run)
     checkpoints = run.checkpoints()
     if not checkpoints:

@@ -48,29 +48,17 @@ def _minerva(row: dict) -> str:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One test set.
+    """One test set."""
 
-    Attributes:
-        name: what TASKS names it; also the stem of its local file.
-        title: what tables call it.
-        origin: name on the hub; where `source` draws the problems, the name of its test set.
-        config: configuration on the hub.
-        split: split on the hub.
-        gold: turns a row into the gold answer; not used for a choice.
-        kind: math (math-verify), number (math-verify with Minerva's tolerance) or choice (a letter).
-        samples: answers a problem by default; small sets need several for a usable standard error.
-        source: which of `PROBLEMS` draws the problems; None for the hub or a local file.
-    """
-
-    name: str
-    title: str
-    origin: str
+    name: str  # in TASKS, and the stem of its local file
+    title: str  # in tables
+    origin: str  # on the hub; where `source` draws the problems, the name of its test set
     config: str | None
     split: str
-    gold: Callable[[dict], str] = _plain
-    kind: str = "math"
-    samples: int = 1
-    source: str | None = None
+    gold: Callable[[dict], str] = _plain  # turns a row into the gold answer; not used for a choice
+    kind: str = "math"  # math (math-verify), number (the same with Minerva's tolerance) or choice (a letter)
+    samples: int = 1  # answers per problem; small sets need several for a usable standard error
+    source: str | None = None  # which of `PROBLEMS` draws the problems; None: the hub or a local file
 
     @property
     def task(self) -> str:
@@ -102,18 +90,7 @@ SUITES = {"open": OPEN} | {name: drawn(name) for name, source in PROBLEMS.items(
 
 
 def select(names: str | None, default: str = "open") -> tuple[Benchmark, ...]:
-    """Choose the benchmarks of an evaluation.
-
-    Args:
-        names: names separated by commas or spaces, those of `SUITES` included.
-        default: the suite where there are no names.
-
-    Returns:
-        The benchmarks, in the order of the suites.
-
-    Raises:
-        DataError: a name is unknown.
-    """
+    """Choose benchmarks by the names of benchmarks or suites; a DataError if a name is unknown."""
     known = [benchmark for suite in SUITES.values() for benchmark in suite]
     chosen: set[str] = set()
     for name in re.split(r"[,\s]+", (names or "").strip() or default):
@@ -124,11 +101,7 @@ def select(names: str | None, default: str = "open") -> tuple[Benchmark, ...]:
 
 
 def choices(row: dict) -> tuple[str, str]:
-    """Order the four choices of a GPQA question, by the question and a fixed seed alone.
-
-    Returns:
-        The choices as lettered lines, and the letter of the right one.
-    """
+    """The lettered choices of a GPQA question and the right letter; the order depends on the question alone."""
     names = ["Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"]
     order = random.Random(sha256(f"{CHOICES_SEED}:{row['Question']}".encode()).digest()).sample(range(4), 4)
     lines = [f"({letter}) {str(row[names[i]]).strip()}" for letter, i in zip("ABCD", order, strict=True)]
@@ -136,15 +109,9 @@ def choices(row: dict) -> tuple[str, str]:
 
 
 def record(benchmark: Benchmark, row: dict, index: int) -> dict:
-    """Turn a row of a test set into a record; a record stays as it is.
+    """Turn a row (number `index`) into a record with `id`, `problem`, `gold` (boxed LaTeX or a letter) and `kind`.
 
-    Args:
-        benchmark: the test set.
-        row: one of its rows, from the hub, a local file or a problem source.
-        index: position of the row, the id of rows that have none.
-
-    Returns:
-        `id`, `problem`, `gold` (LaTeX in a box, or a letter) and `kind`.
+    A row that is a record already stays as it is.
 
     Raises:
         DataError: a column is missing.
@@ -174,15 +141,9 @@ def _from_hub(benchmark: Benchmark) -> list[dict]:
 
 
 def records(benchmark: Benchmark, folder: str | Path | None = None) -> list[dict]:
-    """Load a test set.
+    """Load a test set from a folder with <name>.jsonl or .parquet, or from the hub (None).
 
-    Args:
-        benchmark: the test set.
-        folder: folder with <name>.jsonl or .parquet, or None for the hub. GPQA's authors ask that its text is not
-            stored in the open, so it comes from the hub only.
-
-    Returns:
-        Its records.
+    GPQA's authors ask that its text is not stored in the open, so it comes from the hub only.
 
     Raises:
         DataError: it cannot be read; the sentence says what to do.

@@ -1,1 +1,1 @@
-"""The runs of a figure, made and drawn; and experiments on the method itself."""
+"""Runs the experiments behind the figures, draws them, and looks into what masking does."""

@@ -1,8 +1,8 @@
-"""Write what every finished run of the experiments ended with into one small file, to be kept beside the figures.
+"""Write what every finished run of the experiments ended with into one small file, kept beside the figures.
 
     .venv/bin/python -m open_r1_capo.experiments.archive docs/figures/experiments.json
 
-One entry a run, by its folder under `outputs/experiments`: commit, reward of every step, largest measured KL.
+One entry for each run, by its folder under `outputs/experiments`: commit, reward of every step, largest measured KL.
 """
 
 from __future__ import annotations
@@ -20,11 +20,7 @@ from open_r1_capo.runs.summary import finite
 
 
 def entry(run: Run) -> dict[str, Any]:
-    """What is kept of a finished run.
-
-    Returns:
-        commit; reward, one number a step on fresh completions; largest_kl in nats, None where it was not measured.
-    """
+    """Commit, reward of each step on fresh completions, and largest KL in nats (None: not measured) of a run."""
     kls = [kl for row in run.metrics() if (kl := finite(row.get("capo/measured_kl"))) is not None]
     return {
         "commit": run.environment.get("commit") or "unknown",
@@ -34,7 +30,7 @@ def entry(run: Run) -> dict[str, Any]:
 
 
 def write(path: Path) -> None:
-    """Write the file; a UserError if there is no finished run, one cannot be read, or the file cannot be written."""
+    """Write the file; a UserError if there is no finished run or a file cannot be read or written."""
     runs = [Run(file.parent) for file in sorted(OUTPUTS.glob("*/*/seed*/summary.json"))]
     runs = [run for run in runs if run.summary is not None]
     if not runs:
@@ -47,7 +43,7 @@ def write(path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse the command line and write; returns the exit code."""
+    """Parse the command line and write the file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("file", type=Path)
     options = parser.parse_args(argv)

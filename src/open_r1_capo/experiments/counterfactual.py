@@ -1,7 +1,7 @@
 """The same next step under another rule: what would masking have done at each checkpoint of a run?
 
 Resuming is exact, so every arm that starts from a checkpoint sees the completions that the run saw next. Each arm
-takes that one step; what differs afterwards is the rule's doing.
+takes that one step; any difference afterwards comes from its rule.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ STEP = ("measured_kl", "measured_kl_head", "measured_objective", "rejected_frac"
 
 
 def masked_method(settings: dict[str, Any]) -> str:
-    """The paper's name of a run's base method with the mask, as recipes have it.
+    """The name in recipes of a run's base method with the mask.
 
-    The base method is told by what defines it, so that every method on top of it (a plan, a rival) is covered:
-    REINFORCE subtracts no baseline, Dr.GRPO's loss divides by a constant, GRPO does neither.
+    It goes by what defines the base method, so that methods built on it count, too: REINFORCE subtracts no baseline,
+    Dr.GRPO's loss divides by a constant, GRPO does neither.
     """
     if settings.get("advantage_baseline") == "none":
         return "reincapo"
@@ -50,15 +50,9 @@ def masked_method(settings: dict[str, Any]) -> str:
 
 
 def shuffled(selection: TokenSelection, moving: Tensor, generator: torch.Generator) -> TokenSelection:
-    """The same weights on other tokens: a random set of the same size is rejected.
+    """Permute the weights of the tokens that have a gradient, so that a random set of the same size is rejected.
 
-    Args:
-        selection: of N tokens.
-        moving: (N,) bool, the tokens with a gradient (A ≠ 0), among which the weights change places.
-        generator: of the permutation, on the CPU.
-
-    Returns:
-        The selection, its reasons left where they were.
+    `moving` (N,) bool marks these tokens (A ≠ 0), `generator` is on the CPU. The reasons stay where they were.
     """
     index = moving.nonzero()[:, 0]
     weight = selection.weight.clone()
@@ -67,11 +61,9 @@ def shuffled(selection: TokenSelection, moving: Tensor, generator: torch.Generat
 
 
 def gradient_split(batches: Sequence[TokenBatch], chosen: Sequence[Tensor]) -> dict[str, float | None]:
-    """What the last-layer gradients of some tokens add up to, beside those of the others.
+    """What the last-layer gradients of chosen tokens add up to, beside those of the others.
 
-    Args:
-        batches: micro-batches of N tokens.
-        chosen: (N,) bool of each.
+    `chosen` holds (N,) bool for each micro-batch of N tokens.
 
     Returns:
         `tokens`, their number; `norm` and `other_norm`, of the sum Σ A v ⊗ x (Eq. 7) over them and over the others;
@@ -109,7 +101,7 @@ class OneStepTrainer(CAPOTrainer):
         self.add_callback(_StopAfterStep())
 
     def after_step(self) -> None:
-        """Keep the micro-batches before they are forgotten."""
+        """Keep the micro-batches before the base class drops them."""
         self.micro_batches = list(self.update.micro_batches)
         super().after_step()
 
@@ -118,7 +110,7 @@ class RandomMaskTrainer(OneStepTrainer):
     """Rejects as many tokens as its rule does, but random ones."""
 
     def select(self, tokens: TokenBatch, log_mass: Tensor, shifts: tuple[Tensor, Tensor]) -> TokenSelection:
-        """Judge the tokens, and let the weights change places."""
+        """Select tokens by the rule, then permute the weights."""
         return shuffled(super().select(tokens, log_mass, shifts), tokens.advantages != 0, self.generator())
 
 
@@ -128,12 +120,9 @@ class _StopAfterStep(TrainerCallback):
 
 
 class Counterfactual:
-    """A run, and the steps that it might have taken.
+    """A run and the steps that it might have taken.
 
-    Args:
-        folder: the run's, with checkpoints.
-        problems: how many of its training problems the reward of a step is measured on.
-        samples: completions a problem.
+    The reward of a step is measured on `problems` training problems with `samples` completions each.
 
     Raises:
         RunError: the folder holds no run.
@@ -153,7 +142,7 @@ class Counterfactual:
         self._scratch = tempfile.TemporaryDirectory(prefix="counterfactual-")
 
     def checkpoints(self) -> list[Path]:
-        """The complete checkpoints that are followed by a step, in their order; a ConfigError if there are none."""
+        """The complete checkpoints that a step follows, in order; a ConfigError if there are none."""
         last = self.settings["max_steps"]
         checkpoints = [path for path in self.run.checkpoints() if step_of(path) < last]
         if not checkpoints:
@@ -161,16 +150,13 @@ class Counterfactual:
         return checkpoints
 
     def at(self, checkpoint: Path) -> dict[str, Any]:
-        """Every arm's step from one checkpoint.
-
-        Args:
-            checkpoint: of `checkpoints`.
+        """Take every arm's step from one checkpoint.
 
         Returns:
-            `step`, `before` (the checkpoint's own reward, on the same problems with the same random numbers),
-            `arms` (each what it measured, and its reward after), `gradient` (of the mask's rejected tokens and of a
-            random set of the same size, see `gradient_split`), and `agrees`: whether the run itself logged the same
-            KL, to the last bit, for the step that the arm `none` took again.
+            `step`, `before` (the checkpoint's own reward, on the same problems with the same random numbers), `arms`
+            (what each measured, and its reward after the step), `gradient` (`gradient_split` of the mask's rejected
+            tokens and of a random set of the same size), and `agrees`: whether the arm `none` measured the KL that the
+            run logged, to the last bit.
 
         Raises:
             ConfigError: the arms have not seen the same completions, so they cannot be compared.
@@ -196,7 +182,7 @@ class Counterfactual:
         return row
 
     def _trainer(self, arm: str, model: str | None = None) -> OneStepTrainer:
-        """A trainer of the run's settings with the arm's rule, that writes nothing which stays."""
+        """A trainer with the run's settings and the arm's rule, which writes only temporary files."""
         settings = self.settings | {"save_strategy": "no", "report_to": "none", "token_records": "none"}
         if ARMS[arm]:
             recipe = ARMS[arm].format(masked_method(settings))
@@ -230,9 +216,6 @@ class Counterfactual:
 
 def compare(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
     """Every arm's means over the checkpoints, and its paired differences to the arm `none`.
-
-    Args:
-        rows: from `Counterfactual.at`.
 
     Returns:
         arm → name → `mean`, `error` (standard error), `change` and `change_error` (of the difference to `none`).

@@ -45,14 +45,9 @@ class RecordError(UserError, ValueError):
 
 
 def tokens_of(record: dict[str, Any], bounds: tuple[float, float] | None = None) -> list[Token]:
-    """The tokens of a step's record that have a gradient, one dictionary each.
+    """The tokens of a step's record that have a gradient, one dictionary each, with `position` in [0, 1].
 
-    Args:
-        record: of the step.
-        bounds: δ_F and δ_H that reject a token here; None takes the rejections that took place.
-
-    Returns:
-        Tokens with prob, entropy, kl, gradient_norm, advantage, word, position in [0, 1] and rejected.
+    The bounds δ_F and δ_H decide which tokens count as rejected; None takes the rejections that took place.
     """
     tokens = []
     for completion in record["completions"]:
@@ -74,21 +69,14 @@ def tokens_of(record: dict[str, Any], bounds: tuple[float, float] | None = None)
 
 
 def over(shifts: tuple[float | None, float | None], bounds: tuple[float, float]) -> bool:
-    """Whether Eq. 11 with the bounds δ_F and δ_H rejects a token with the shifts m_F and m_H; None is not finite."""
+    """Whether Eq. 11 with δ_F and δ_H rejects a token with the shifts m_F and m_H; None stands for not finite."""
     if None in shifts:
         return True
     return shifts[0] > bounds[0] or abs(shifts[1]) >= bounds[1]
 
 
 def describe(steps: Iterable[Sequence[Token]]) -> dict[str, dict[str, float | None]]:
-    """Rejected, kept and, of each step, as many random tokens as were rejected.
-
-    Args:
-        steps: the tokens of each step, from `tokens_of`.
-
-    Returns:
-        group → name of `NAMES` → value over all steps (None where nothing was measured), and `tokens`, their number.
-    """
+    """The facts of rejected, kept and random tokens, the latter as many of each step as were rejected."""
     rng = random.Random(0)
     groups: dict[str, list[Token]] = {name: [] for name in GROUPS}
     everything = []
@@ -102,7 +90,7 @@ def describe(steps: Iterable[Sequence[Token]]) -> dict[str, dict[str, float | No
 
 
 def facts(members: Sequence[Token], everything: Sequence[Token]) -> dict[str, float | None]:
-    """The numbers NAMES of one group of all tokens of the same steps, and `tokens`, how many they are."""
+    """The numbers NAMES of one group of tokens (None: not measured), and `tokens`, how many there are."""
     count = len(members)
     if not count:
         return {"tokens": 0} | dict.fromkeys(NAMES)
@@ -123,13 +111,13 @@ def facts(members: Sequence[Token], everything: Sequence[Token]) -> dict[str, fl
 
 
 def _part(members: Sequence[Token], everything: Sequence[Token], name: str) -> float | None:
-    """The members' share of a sum; values that are unknown are left out of both."""
+    """The members' share of a sum; unknown values are left out of both."""
     mine, whole = (sum(token[name] or 0.0 for token in tokens) for tokens in (members, everything))
     return mine / whole if whole else None
 
 
 def read(run: Run) -> list[dict[str, Any]]:
-    """The records of every step of a run, in order; a RecordError if there are none, or one cannot be read."""
+    """The records of every step of a run, in order; a RecordError if there are none or one cannot be read."""
     records = []
     for path in run.records_folder.glob("step*.json.gz"):
         try:
@@ -206,7 +194,7 @@ def work(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse the command line, measure, write; returns the exit code."""
+    """Parse the command line, measure and write."""
     parser = argparse.ArgumentParser(prog="make mechanism", description=__doc__.split("\n\n")[0])
     parser.add_argument("--records", nargs="*", type=Path, default=[], help="run folders with token_records=all")
     parser.add_argument("--bounds", nargs=2, type=float, help="δ_F and δ_H that reject tokens of runs without a mask")

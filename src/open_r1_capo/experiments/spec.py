@@ -43,7 +43,7 @@ class ExperimentError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Arm:
-    """One line of a figure: a recipe, and what is changed in it as `key=value`."""
+    """One line of a figure: a recipe and its overrides, each `key=value`."""
 
     label: str  # in the legend; the arms of a grid share it
     recipe: str
@@ -54,9 +54,10 @@ class Arm:
         """Recipe and overrides, as the folder of its runs is named."""
         return ",".join((self.recipe, *self.overrides))
 
-    def value(self, key: str) -> float:
-        """The number that the override of `key` sets; KeyError if there is none."""
-        return float(dict(item.split("=", 1) for item in self.overrides)[key])
+    def value(self, key: str) -> float | None:
+        """The number that the override of `key` sets, if there is one."""
+        value = dict(item.split("=", 1) for item in self.overrides).get(key)
+        return None if value is None else float(value)
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,7 @@ def known_scales() -> list[str]:
 
 
 def load(name: str, scale: str = "lab", seeds: int | None = None) -> Experiment:
-    """Read an experiment.
-
-    Args:
-        name: of `known_experiments`.
-        scale: a scale's name.
-        seeds: only the first so many of the experiment's seeds; None takes all.
-
-    Returns:
-        The experiment, its grids written out.
+    """Read an experiment and write its grids out; `seeds` takes only the first so many of its seeds.
 
     Raises:
         ExperimentError: an unknown experiment, scale or key, an arm without label or recipe, or fewer seeds than

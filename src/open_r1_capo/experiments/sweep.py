@@ -43,7 +43,7 @@ TRAIN_SCRIPT = "slurm/train.slurm"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse the command line and run what is missing of an experiment; returns the exit code."""
+    """Parse the command line and run what is missing of an experiment."""
     parser = argparse.ArgumentParser(prog="make experiment", description=__doc__.split("\n\n")[0])
     parser.add_argument("name", nargs="?", default="", help=f"one of {', '.join(known_experiments())}")
     parser.add_argument("--scale", default="lab")
@@ -94,15 +94,12 @@ def work(options: argparse.Namespace) -> int:
 def check(experiment: Experiment) -> dict[str, Any]:
     """Compose the arms, so that a mistake in the last one is known before the first has run.
 
-    Args:
-        experiment: of a grid, whose arms differ in numbers alone, the first arm is composed, and those with runs.
-
-    Returns:
-        The settings of the first arm, which tell where the runs can run.
+    Of a grid, whose arms differ only in numbers, the first arm and those with runs are composed. Returns the settings
+    of the first arm, which tell where the runs can run.
 
     Raises:
-        ConfigError: an arm's recipe or override is not accepted (names the experiment), or a finished run of it has
-            other settings than the recipe has now.
+        ConfigError: an arm's recipe or override is not accepted, or a finished run of it has other settings than the
+            recipe has now.
     """
     kinds = {(arm.recipe, *(item.partition("=")[0] for item in arm.overrides)): arm for arm in experiment.arms[::-1]}
     first: dict[str, Any] = {}
@@ -129,7 +126,7 @@ def check(experiment: Experiment) -> dict[str, Any]:
 
 
 def due(experiment: Experiment, outcome: Callable[[Job], bool | None]) -> list[Job]:
-    """The runs to do next: every missing one; in a search the one of each label that decides its next step.
+    """The runs to do next: every missing one; in a search, for each label, the one that decides its next step.
 
     `outcome` tells whether a finished run is usable, and is None for a run that is not there.
     """
@@ -142,12 +139,7 @@ def due(experiment: Experiment, outcome: Callable[[Job], bool | None]) -> list[J
 def next_probe(arms: Sequence[Arm], experiment: Experiment, outcome: Callable[[Job], bool | None]) -> Job | None:
     """The next run of the bisection for the largest value at which every seed survives; None when that is known.
 
-    Survival is taken as monotone in the value.
-
-    Args:
-        arms: of one label, one for each value of the grid.
-        experiment: its seeds and the searched key.
-        outcome: as in `due`.
+    Survival is taken as monotone in the value. `arms` are those of one label, `outcome` is as in `due`.
     """
     ordered = sorted(arms, key=lambda arm: arm.value(experiment.search))
     low, high = -1, len(ordered)  # the largest value known to survive, the smallest known to fail
@@ -166,7 +158,7 @@ def next_probe(arms: Sequence[Arm], experiment: Experiment, outcome: Callable[[J
 
 
 def _survival(experiment: Experiment) -> Callable[[Job], bool | None]:
-    """Look up what became of the runs: a run lives if it ends near its best and not below the base policy."""
+    """Look up what became of the runs; in a search, whether they ended near their best and above the base policy."""
     runs = {job: Run(experiment.folder(*job)) for job in experiment.runs()}
     finished = {job: run for job, run in runs.items() if run.summary is not None}
     if not experiment.search:
@@ -274,7 +266,7 @@ def _interrupt_once(*_: Any) -> None:
 
 
 def train_here(recipe: str, overrides: list[str], log: Path) -> int:
-    """Train in this process, whose output and that of its children goes to the log; returns the exit code."""
+    """Train in this process with all output, also that of its children, in the log; returns the exit code."""
     with log.open("a") as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

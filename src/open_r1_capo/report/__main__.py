@@ -12,17 +12,13 @@ from open_r1_capo.runs.summary import summary_lines
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the report of each folder named; return the exit code."""
+    """Write the report of each folder named."""
     names = sys.argv[1:] if argv is None else argv
     return run_cli(lambda: write_reports([Run(name) for name in names]))
 
 
 def write_reports(runs: list[Run]) -> None:
-    """Write the reports and print the results, or nothing if one of the folders is no run's.
-
-    Raises:
-        UserError: no folder is named, one is no run's, or a file cannot be read or written.
-    """
+    """Write the reports and print the results; a UserError, and no report, if a folder holds no run."""
     if not runs:
         raise UserError("name a run folder: make report RUN=outputs/<recipe>/<scale>/seed<seed>")
     for run in runs:

@@ -23,8 +23,8 @@ from open_r1_capo.runs.exit import UserError, run_cli
 from open_r1_capo.runs.run import NOT_IDENTITY, Run, write_atomically
 from open_r1_capo.runs.summary import finite
 
-NOT_COMPARED = ("output_root", "environment.processor", "environment.python")  # where, not what
-# a column of the results: its head, how a number is written, what stands between two, and where the summary has them
+NOT_COMPARED = ("output_root", "environment.processor", "environment.python")  # where it ran, not what
+# columns of the results: head, number format, what separates two numbers, and their paths in a summary
 RESULTS = (
     ("steps", ",.0f", "", ["steps"]),
     ("completions", ",.0f", "", ["completions"]),
@@ -39,16 +39,9 @@ RESULTS = (
 )
 
 
+@file_errors()
 def write_comparison(names: list[str], out: Path) -> None:
-    """Write the page.
-
-    Args:
-        names: run folders, at least two.
-        out: the HTML file.
-
-    Raises:
-        UserError: fewer than two folders, one that is no run's, or one that is named twice.
-    """
+    """Write the page of two runs or more; a UserError if a folder is named twice or holds no run."""
     if len(names) < 2:
         raise UserError('name two run folders or more: make compare RUNS="<run folder> <run folder>"')
     runs: dict[Path, Run] = {}
@@ -97,7 +90,7 @@ def write_comparison(names: list[str], out: Path) -> None:
 
 
 def group_seeds(runs: list[Run]) -> list[list[Run]]:
-    """Put together the runs whose settings differ in nothing but the seed."""
+    """Group the runs whose settings differ only in the seed."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         identity = {key: value for key, value in run.settings.items() if key not in ("seed", *NOT_IDENTITY)}
@@ -106,11 +99,10 @@ def group_seeds(runs: list[Run]) -> list[list[Run]]:
 
 
 def label_runs(groups: list[list[Run]]) -> tuple[list[str], dict[Run, str]]:
-    """Short names that tell groups and runs apart.
+    """Short names that tell groups and runs apart: a name for each group and one for each run.
 
-    Returns:
-        A name for each group and one for each run: the recipe, or the folder of outputs/ where it is named after the
-        recipe (it names overrides, too), with scale and seed where they differ; paths where that is not enough.
+    The name is the recipe, or the folder of outputs/ where it begins with the recipe (it lists overrides, too), with
+    scale and seed where they differ; paths where that is not enough.
     """
     runs = [run for group in groups for run in group]
     settings = {run: run.settings for run in runs}
@@ -135,13 +127,13 @@ def _common(runs: list[Run]) -> str:
 
 
 def last_and_best(tests: list[float | None]) -> dict[str, float]:
-    """TEST at the last evaluated step and at its best, as a summary has its numbers."""
+    """TEST at the last evaluated step and at its best, under the names that RESULTS uses."""
     known = [value for value in tests if value is not None]
     return {"test_last": known[-1], "test_best": max(known)} if known else {}
 
 
 def mean_table(tables: list[dict[str, list]]) -> dict[str, list[float | None]]:
-    """The mean of each column that all tables have, at the steps that all have; None where one has no number."""
+    """The mean of each column that all tables have, at the steps that all have; None where a value is missing."""
     rows = [{step: row for row, step in enumerate(table.get("step", ()))} for table in tables]
     steps = [step for step in rows[0] if all(step in each for each in rows)]
 
@@ -176,7 +168,7 @@ def _value(summary: Any, path: list[str | int]) -> float | None:
 
 
 def settings_table(groups: list[list[Run]], labels: list[str]) -> str:
-    """The table of the settings, commit and versions that are not the same in all runs, a column a group."""
+    """The table of settings, commit and versions that differ between runs, with a column for each group."""
     flat = [[_flatten(run.settings | {"environment": run.environment}) for run in group] for group in groups]
     rows = []
     for key in dict.fromkeys(key for group in flat for each in group for key in each if key not in NOT_COMPARED):
@@ -194,17 +186,13 @@ def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the page of the run folders named; return the exit code."""
+    """Write the page of the run folders named."""
     parser = argparse.ArgumentParser(prog="make compare", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("compare.html"))
     parser.add_argument("runs", nargs="*")
     options = parser.parse_args(argv)
 
-    def work() -> None:
-        with file_errors():
-            write_comparison(options.runs, options.out)
-
-    return run_cli(work)
+    return run_cli(lambda: write_comparison(options.runs, options.out))
 
 
 if __name__ == "__main__":

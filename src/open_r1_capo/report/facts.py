@@ -1,6 +1,6 @@
-"""What the page says beside the curves: the result in a few figures, where the time went, and the steps to look at.
+"""What the page shows beside the curves: the result in a few figures, the time by activity, the steps to look at.
 
-`columns` are metric columns: name → a number or None a step.
+`columns` are metric columns: name → a number or None for each step.
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ AROUND = 3  # steps whose mean reward is compared before and after a step
 
 
 def time_breakdown(columns: dict[str, list]) -> list[dict[str, Any]]:
-    """Mean seconds a step, by what they were spent on; empty if no time was logged.
+    """Mean seconds per step by what they were spent on: rows with `name`, `what`, `seconds` and `share` of the total.
 
-    The mean is over all steps, also over those on completions of an earlier one, which spent no time on generating.
-
-    Returns:
-        Rows with `name`, `what`, `seconds` and `share` of the total.
+    The mean includes steps on completions of an earlier step, which spent no time on generation. Empty if no time was
+    logged.
     """
     total = _known(columns.get("time/total", ()))
     if not total or not sum(total):
@@ -45,12 +43,7 @@ def time_breakdown(columns: dict[str, list]) -> list[dict[str, Any]]:
 
 
 def worst_steps(columns: dict[str, list]) -> list[dict[str, Any]]:
-    """The steps at which a run is worth looking at.
-
-    Returns:
-        Criteria with `name`, `percent` and `steps`, up to WORST pairs (step, value) each, the worst first; a criterion
-        that the run has no metric for is left out.
-    """
+    """The steps worth a look: each criterion with `name`, `percent` and `steps`, its WORST pairs (step, value)."""
     criteria = (
         ("largest measured KL (nats)", columns.get("capo/measured_kl"), False),
         ("most tokens rejected", columns.get("capo/rejected_frac"), True),
@@ -67,7 +60,7 @@ def worst_steps(columns: dict[str, list]) -> list[dict[str, Any]]:
 
 
 def _falls(columns: dict[str, list]) -> list[float | None]:
-    """How far the reward fell after each step; the reward of a step is that of the policy before it."""
+    """How far the reward fell after each step; a step's reward is that of the policy before it."""
     rewards = columns.get("reward", [])
     falls: list[float | None] = []
     for i in range(len(rewards)):
@@ -78,7 +71,7 @@ def _falls(columns: dict[str, list]) -> list[float | None]:
 
 
 def tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The result in a few figures: triples of a label, a value and a note; none of an empty summary."""
+    """The result in a few figures: triples of a label, a value and a note; none for an empty summary."""
     if not summary:
         return []
     shown = [("optimizer steps", f"{summary['steps']:,}", f"{summary['completions']:,} completions")]

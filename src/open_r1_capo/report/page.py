@@ -1,4 +1,4 @@
-"""From what is known about runs to one HTML file: nothing is loaded, and nothing but our script can run.
+"""Puts runs' data into one HTML file that loads nothing and runs no script but ours.
 
 Whatever comes from a run (settings, prompts, tokens) is escaped in the HTML, cannot close the JSON block that it is
 embedded in, and reaches the document only as text. A content security policy allows the page's own script, by its
@@ -36,16 +36,7 @@ def file_errors() -> Iterator[None]:
 
 
 def render(title: str, sections: dict[str, str], data: dict[str, Any]) -> str:
-    """Put a page together.
-
-    Args:
-        title: plain text.
-        sections: name → heading and inner HTML of the page's parts, already escaped.
-        data: what the script draws: `runs`, `panels`, `records`, …
-
-    Returns:
-        The HTML, ASCII only except for our own assets.
-    """
+    """Put a page together from a plain-text title, escaped HTML parts by name, and the data that the script draws."""
     script, style = (
         "\n".join((HERE / name).read_text(encoding="utf-8") for name in names) for names in (SCRIPTS, STYLES)
     )
@@ -72,16 +63,9 @@ def embed(data: Any) -> str:
 def fit_metrics(
     table: dict[str, list], drawn: set[str], steps: set[int], limit: int = METRICS_LIMIT
 ) -> tuple[dict[str, list], str]:
-    """Make the metrics of a long run fit: first without those that no panel draws, then with fewer steps.
+    """Make the metrics of a long run fit into `limit` bytes; returns them and a sentence on what is missing, or "".
 
-    Args:
-        table: metric columns.
-        drawn: the columns that panels draw, and the axes.
-        steps: that must stay.
-        limit: bytes.
-
-    Returns:
-        The columns, and a sentence about what is missing (empty: nothing).
+    Columns that are not `drawn` go first, then steps other than `steps`.
     """
     if len(embed(table)) <= limit:
         return table, ""
@@ -96,7 +80,7 @@ def fit_metrics(
 
 
 def table_html(rows: list[list[str]], head: list[str]) -> str:
-    """A table of cells that are HTML already, under a head of plain text; the first cell of a row is its header."""
+    """A table of HTML cells under a plain-text head; the first cell of a row is its header."""
     header = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
     lines = (
         f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>' for first, *rest in rows

@@ -28,106 +28,86 @@ DIGITS = 5  # significant, of a number on the page
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a panel.
+    """One line of a panel."""
 
-    Attributes:
-        key: its column.
-        label: in the legend.
-        colour: index into the page's palette, a variable `--c<colour>` of style.css.
-        style: words among `thin`, `thick`, `dashed` and `dots` (few points, each marked).
-        table: `metrics` or `tests`.
-        error: column of its standard error, or empty.
-        run: index of its run on the page.
-    """
-
-    key: str
+    key: str  # its column
     label: str
-    colour: int = 0
-    style: str = ""
-    table: str = "metrics"
-    error: str = ""
-    run: int = 0
+    colour: int = 0  # index into the page's palette, `--c<colour>` in style.css
+    style: str = ""  # words among `thin`, `thick`, `dashed` and `dots` (few points, each marked)
+    table: str = "metrics"  # or `tests`
+    error: str = ""  # column of its standard error, if any
+    run: int = 0  # index of its run on the page
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One diagram.
-
-    Attributes:
-        title: above it.
-        lines: what it draws, the first ones below the later ones.
-        log: logarithmic, of absolute values.
-        low: where a linear scale begins, at most.
-        percent: fractions are shown as percentages.
-    """
+    """One diagram."""
 
     title: str
-    lines: tuple[Line, ...]
-    log: bool = False
-    low: float | None = None
-    percent: bool = False
+    lines: tuple[Line, ...]  # the later ones on top
+    log: bool = False  # logarithmic, of absolute values
+    low: float | None = None  # a linear scale begins here or lower
+    percent: bool = False  # shows fractions as percentages
+
+
+def _panel(title: str, *lines: Line, **options: Any) -> Panel:
+    return Panel(title, lines, **options)
 
 
 def _shifts(name: str, title: str) -> Panel:
     """Largest, 99th percentile and whole step of one shift."""
-    lines = (
+    return _panel(
+        title,
         Line(f"capo/{name}/max", "largest token", 1),
         Line(f"capo/{name}/p99", "99th percentile", 0),
         Line(f"capo/batch_{name}", "whole step", 2),
+        log=True,
     )
-    return Panel(title, lines, log=True)
 
 
 PANELS = (
-    Panel(
+    _panel(
         "Reward and held-out accuracy",
-        (
-            Line("reward", "reward of a step", 2, "thin"),
-            Line(MEAN, f"mean of {WINDOW} steps", 0, "thick"),
-            Line("accuracy", "held-out accuracy", 1, "dots"),
-        ),
+        Line("reward", "reward of a step", 2, "thin"),
+        Line(MEAN, f"mean of {WINDOW} steps", 0, "thick"),
+        Line("accuracy", "held-out accuracy", 1, "dots"),
         low=0,
     ),
-    Panel(
+    _panel(
         "Tokens rejected, % of all",
-        (
-            Line("capo/rejected_frac_objective", "by the objective bound", 2),
-            Line("capo/rejected_frac_policy", "by the policy bound", 1),
-            Line("capo/rejected_frac", "rejected", 0),
-            Line("capo/scaled_frac", "scaled down", 3),
-        ),
+        Line("capo/rejected_frac_objective", "by the objective bound", 2),
+        Line("capo/rejected_frac_policy", "by the policy bound", 1),
+        Line("capo/rejected_frac", "rejected", 0),
+        Line("capo/scaled_frac", "scaled down", 3),
         low=0,
         percent=True,
     ),
     _shifts("policy_shift", "Policy shift m_F (nats)"),
     _shifts("objective_shift", "Objective shift |m_H|"),
-    Panel(
+    _panel(
         "KL of the update (nats)",
-        (
-            Line("capo/batch_policy_shift", "predicted at the scheduled rate", 2),
-            Line("capo/measured_kl_head", "of the last layer alone", 1),
-            Line("capo/measured_kl", "measured", 0),
-        ),
+        Line("capo/batch_policy_shift", "predicted at the scheduled rate", 2),
+        Line("capo/measured_kl_head", "of the last layer alone", 1),
+        Line("capo/measured_kl", "measured", 0),
         log=True,
     ),
-    Panel(
+    _panel(
         "Change of the surrogate objective, absolute",
-        (
-            Line("capo/batch_objective_shift", "predicted at the scheduled rate", 2),
-            Line("capo/measured_objective", "measured", 0),
-        ),
+        Line("capo/batch_objective_shift", "predicted at the scheduled rate", 2),
+        Line("capo/measured_objective", "measured", 0),
         log=True,
     ),
-    Panel("Rank correlation of m_F with the true KL", (Line("capo/kl_spearman", "Spearman, over tokens", 0),), low=0),
-    Panel("Gradient norm before clipping", (Line("grad_norm", "gradient norm", 0),), log=True),
-    Panel("Entropy (nats a token)", (Line("entropy", "entropy", 0),), low=0),
-    Panel("Learning rate", (Line("learning_rate", "scheduled", 2), Line(TAKEN, "taken", 0)), low=0),
-    Panel(
+    _panel("Rank correlation of m_F with the true KL", Line("capo/kl_spearman", "Spearman, over tokens", 0), low=0),
+    _panel("Gradient norm before clipping", Line("grad_norm", "gradient norm", 0), log=True),
+    _panel("Entropy (nats a token)", Line("entropy", "entropy", 0), low=0),
+    _panel("Learning rate", Line("learning_rate", "scheduled", 2), Line(TAKEN, "taken", 0), low=0),
+    _panel(
         "Length of completions (tokens)",
-        (Line("completions/max_length", "longest", 2, "thin"), Line("completions/mean_length", "mean", 0)),
+        Line("completions/max_length", "longest", 2, "thin"),
+        Line("completions/mean_length", "mean", 0),
         low=0,
     ),
-    Panel("Seconds a step", tuple(Line(f"time/{name}", name, colour) for colour, name in enumerate(TIMES)), low=0),
+    _panel("Seconds a step", *(Line(f"time/{name}", name, colour) for colour, name in enumerate(TIMES)), low=0),
 )
 
 
@@ -143,18 +123,14 @@ def run_panels(metrics: dict[str, list], tests: dict[str, list]) -> list[dict[st
 
 
 def compare_panels(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The panels that several runs have something for, as plain data: one metric each, a line a run.
-
-    Args:
-        runs: objects with `label`, `colour`, `style` and the tables `metrics` and `tests`.
-    """
+    """The panels that several runs have data for: one metric each, a line a run."""
 
     def panel(title: str, key: str, style: str = "", table: str = "metrics", error: str = "", **options: Any) -> Panel:
         lines = (
             Line(key, run["label"], run["colour"], f"{style} {run['style']}".strip(), table, error, i)
             for i, run in enumerate(runs)
         )
-        return Panel(title, tuple(lines), **options)
+        return _panel(title, *lines, **options)
 
     panels = [
         panel(f"Reward, mean of {WINDOW} steps", MEAN, low=0),
@@ -192,11 +168,7 @@ def drawn_columns(panels: list[dict[str, Any]]) -> set[str]:
 
 
 def metric_columns(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """Turn metric lines into columns, with the running mean of the reward and the rate that was taken.
-
-    Returns:
-        Column name → a number or None a row; what is not a number is left out.
-    """
+    """Turn metric lines into columns of numbers or None, with the running mean of the reward and the rate taken."""
     keys = {key: None for row in rows for key, value in row.items() if number(value) is not None}
     columns = {key: [number(row.get(key)) for row in rows] for key in keys}
     if "reward" in columns:

@@ -17,14 +17,9 @@ WHOLE = ("step", "lr", "taken_lr", "measured_kl")
 
 
 def read_records(run: Run, interesting: list[int]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Read the records that are worth a place on the page.
+    """Read at most MOST records in the order of their steps, and notes on those that are missing.
 
-    Args:
-        run: whose records.
-        interesting: steps, the most interesting first; where a record was kept of every step, these are shown.
-
-    Returns:
-        Records in the order of their steps, each with `labels`; and a sentence for each that cannot be read.
+    Labelled records come first, then those of the `interesting` steps in their order.
     """
     paths = sorted(run.records_folder.glob("*.json.gz"))
     ranks = {step: rank for rank, step in enumerate(interesting)}
@@ -51,14 +46,9 @@ def read_records(run: Run, interesting: list[int]) -> tuple[list[dict[str, Any]]
 
 
 def fit(records: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
-    """Keep what fits: of each record the completions with most rejected tokens, then with the largest shift.
+    """Keep what fits into `budget` bytes of JSON: of each record the completions with the most rejected tokens.
 
-    Args:
-        records: from `read_records`.
-        budget: bytes for all of them as JSON.
-
-    Returns:
-        The records, their completions in that order, with `of`, the number that there were.
+    Ties are broken by the largest shift; `of` is the number of completions that there were.
     """
     fitted = []
     for left, record in zip(range(len(records), 0, -1), records, strict=True):

@@ -15,12 +15,7 @@ from open_r1_capo.runs.summary import finite, summarise
 
 
 def write_report(run: Run, summary: dict[str, Any] | None = None) -> None:
-    """Write report.html, one file that needs no network.
-
-    Args:
-        run: to report.
-        summary: what it ended with, if summary.json is not written yet.
-    """
+    """Write report.html, one file that needs no network; `summary` if summary.json is not written yet."""
     ended = summary or run.summary
     curves, summary, notes = read_curves(run, run.label, ended)
     metrics, settings = curves["metrics"], run.settings
@@ -54,16 +49,11 @@ def write_report(run: Run, summary: dict[str, Any] | None = None) -> None:
 def read_curves(
     run: Run, label: str, summary: dict[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """Read what a page shows of a run.
-
-    Args:
-        run: to read.
-        label: what the page calls it.
-        summary: what it ended with; None if it has not.
+    """Read what a page shows of a run; `summary` is None if the run has not ended.
 
     Returns:
-        The run for the page's script, its summary (so far; empty before the first step), and sentences that say how
-        far an unfinished run is and where its metrics are broken.
+        The run for the page's script, its summary so far (empty before the first step), and notes on how far an
+        unfinished run is and where its metrics are broken.
     """
     lines, notes = read_lines(run.metrics_file), []
     if summary is None:
@@ -97,7 +87,7 @@ def bounds(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def why_no_records(settings: dict[str, Any]) -> str:
-    """Say why there is nothing to show of the tokens."""
+    """Why there are no tokens to show."""
     if (settings.get("capo") or {}).get("mode") == "off":
         return "No token was looked at: capo.mode is off (observe looks and changes nothing)."
     return "The run kept no token records (token_records=notable keeps those of a few steps)."

@@ -1,1 +1,1 @@
-"""Figures and tables, from what the runs of an experiment have written."""
+"""Figures and tables from the runs of an experiment."""

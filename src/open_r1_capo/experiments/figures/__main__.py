@@ -24,19 +24,12 @@ DEFAULT_SCALE = "lab"  # whose files bear the figure's name alone
 
 @dataclass(frozen=True)
 class Entry:
-    """A figure or table; its runs are those of the experiment of its name.
+    """A figure or table; its runs are those of the experiment of its name."""
 
-    Attributes:
-        make: makes it from its data; None if it is drawn from panels.
-        keys: the metrics it reads, beside those of every figure.
-        panels: the panels of a figure of curves, and how many stand in a row.
-        scales: whether it shows every scale that has runs, side by side: `make` then gets a list of data.
-    """
-
-    make: Callable[[Any], Result] | None = None
-    keys: tuple[str, ...] = ()
+    make: Callable[[Any], Result] | None = None  # from its data; None if it is drawn from panels
+    keys: tuple[str, ...] = ()  # metrics that it reads, beside those of every figure
     panels: Callable[[Data], paper.Layout] | None = None
-    scales: bool = False
+    scales: bool = False  # shows every scale that has runs, side by side: `make` gets a list of data
 
     def result(self, data: Data | list[Data], smooth: float) -> Result:
         """Make it; `smooth` is the weight of the curves' moving average, 0 for none."""
@@ -80,14 +73,7 @@ FIGURES = {
 
 
 def make(name: str, options: argparse.Namespace) -> list[Path]:
-    """Make one of FIGURES, and return the files written.
-
-    Args:
-        name: the figure's.
-        options: the command line.
-
-    Returns:
-        The files.
+    """Make one of FIGURES and return the files written.
 
     Raises:
         UserError: its runs are missing, broken or of different settings, or a file cannot be written.
@@ -96,10 +82,11 @@ def make(name: str, options: argparse.Namespace) -> list[Path]:
     if entry.scales:
         data = curves.load_scales(name, options.seeds, entry.keys)
     else:
-        data = curves.load(name, experiments.load(name, options.scale, options.seeds), entry.keys)
+        data = curves.load(experiments.load(name, options.scale, options.seeds), entry.keys)
     result = entry.result(data, options.smooth)
     for one in data if entry.scales else [data]:
-        curves.warn(name, one.warnings)
+        for sentence in dict.fromkeys(one.warnings):
+            print(f"warning: {name}: {sentence}", file=sys.stderr)
     try:
         plain = entry.scales or options.scale == DEFAULT_SCALE
         return save(result, name if plain else f"{name}_{options.scale}", options.out)
@@ -108,7 +95,7 @@ def make(name: str, options: argparse.Namespace) -> list[Path]:
 
 
 def drawable(scale: str) -> list[str]:
-    """List the figures that have any run at the scale, and say which have none."""
+    """List the figures that have runs at the scale, and print which have none."""
     known, names, empty = experiments.known_experiments(), [], []
     for name in (name for name in FIGURES if name in known):
         one = experiments.load(name, scale)
@@ -121,7 +108,7 @@ def drawable(scale: str) -> list[str]:
 
 
 def smoothing(text: str) -> float:
-    """Read --smooth: a weight in [0, 1), or off, which is 0; an ArgumentTypeError otherwise."""
+    """Read --smooth: a weight in [0, 1), or off, which is 0; an ArgumentTypeError if it is neither."""
     try:
         value = 0.0 if text == "off" else float(text)
     except ValueError:

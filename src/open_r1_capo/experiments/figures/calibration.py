@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from open_r1_capo.experiments.figures import stats, tables
 from open_r1_capo.experiments.figures.curves import Data, FigureError, Line
-from open_r1_capo.experiments.figures.drawing import COLOURS, RC, Result, heading, scale_and_seeds
+from open_r1_capo.experiments.figures.drawing import COLOURS, RC, Result, heading
 
 # what predicts, what is measured, and the exponent of capo/step_scale that turns α's prediction into the taken step's
 PAIRS = {
@@ -27,17 +27,7 @@ NOISE = 1e-6  # nats; of a smaller measured KL, the rounding of float32 log-prob
 
 
 def calibration(data: Data) -> Result:
-    """Draw a point a step and a panel an arm, with the diagonal.
-
-    Args:
-        data: runs with KEYS and tables.TAKEN_KEYS.
-
-    Returns:
-        The figure, and its table.
-
-    Raises:
-        FigureError: nothing was measured.
-    """
+    """Draw a point for each step, a panel for each arm, and the diagonal; a FigureError if nothing was measured."""
     there = [
         name for name, pair in PAIRS.items() if any((tables.pairs(run, *pair) > 0).all(1).any() for run in data.runs)
     ]
@@ -63,12 +53,12 @@ def calibration(data: Data) -> Result:
             part.supxlabel(below, fontsize=8.5)
             part.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2, markerscale=3)
         text = f"a point a step that was taken (at most {POINTS} an arm), both positive; dashed: predicted = measured"
-        parts[-1].supxlabel(f"{below}\n{scale_and_seeds(data)}; {text}", fontsize=7.5)
+        parts[-1].supxlabel(f"{below}\n{data.experiment.scale}; {data.seeds}; {text}", fontsize=7.5)
     return Result(heading(data) | {"arms": numbers}, figure, table)
 
 
 def calibration_panel(axis: Axes, line: Line, names: list[str]) -> None:
-    """Draw the steps of an arm for `names` of PAIRS, which share their prediction."""
+    """Draw the steps of an arm for some `names` of PAIRS that share their prediction."""
     for name, colour in zip(names, COLOURS, strict=False):
         both = np.concatenate([tables.pairs(run, *PAIRS[name]) for run in line.runs])
         both = both[(both > 0).all(1)]
@@ -103,14 +93,14 @@ def calibration_table(data: Data) -> tuple[dict[str, Any], str]:
         for label, pair in PAIRS.items():
             seeds = [tables.pairs(run, *pair) for run in line.runs]
             clear = [one[one[:, 1] > NOISE] for one in seeds] if "KL" in label else seeds
-            arm[label] = found = {
+            arm[label] = values = {
                 name: tables.estimate(seeds if name == "spearman" else clear, tables.pooled(function), DRAWS)
                 for name, function in functions.items()
             }
             both = np.concatenate(seeds)
-            found["positive"] = float((both > 0).all(1).mean()) if len(both) else float("nan")
-            cells = [tables.interval(found[name], ".2f" if name != "median_ratio" else "#.2g") for name in functions]
-            rows.append([line.arm.label, label, *cells, tables.number(found["positive"], ".0%")])
+            values["positive"] = float((both > 0).all(1).mean()) if len(both) else float("nan")
+            cells = [tables.interval(values[name], "#.2g" if name == "median_ratio" else ".2f") for name in functions]
+            rows.append([line.arm.label, label, *cells, tables.number(values["positive"], ".0%")])
         shares = [tables.pairs(run, "capo/measured_kl", "capo/measured_kl_head", 0) for run in line.runs]
         arm["share of the last layer"] = share = tables.estimate(shares, tables.pooled(median_ratio), DRAWS)
         rows.append([line.arm.label, "KL of the last layer alone / KL", "–", tables.interval(share, "#.2g"), "–", "–"])

@@ -1,8 +1,7 @@
-"""Read the runs of an experiment into columns for the figures, and refuse those that cannot stand in one mean."""
+"""Read the runs of an experiment into columns for the figures; seeds of different settings are refused."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,18 +27,11 @@ class FigureError(UserError, ValueError):
 
 @dataclass
 class RunData:
-    """What one run has written.
-
-    Attributes:
-        folder: its folder.
-        columns: metric → (T,) float64, one value an optimizer step; NaN where a line has none.
-        tests: the lines of eval.jsonl, in the order of their steps.
-        settings: of config.yaml.
-    """
+    """What one run has written."""
 
     folder: Path
-    columns: dict[str, np.ndarray]
-    tests: list[dict[str, Any]]
+    columns: dict[str, np.ndarray]  # metric → (T,) float64, one value an optimizer step; NaN where a line has none
+    tests: list[dict[str, Any]]  # the lines of eval.jsonl, in the order of their steps
     settings: dict[str, Any]
 
     @property
@@ -50,7 +42,7 @@ class RunData:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has reached its max_steps; until then, its last accuracy is not the others' last."""
+        """Whether the run has reached its max_steps; the last accuracy of an unfinished run cannot be compared."""
         done = self.columns["step"].max(initial=0)
         return 0 < done >= (self.settings.get("max_steps") or 0)
 
@@ -83,29 +75,14 @@ class Line:
         """The base method: a value of FAMILIES."""
         return next(name for start, name in FAMILIES.items() if self.arm.recipe.startswith(start))
 
-    def setting(self, key: str) -> float | None:
-        """The number that the arm's overrides give a setting, or None."""
-        try:
-            return self.arm.value(key)
-        except KeyError:
-            return None
-
 
 @dataclass
 class Data:
-    """What a figure is drawn from.
+    """What a figure is drawn from."""
 
-    Attributes:
-        name: the figure's.
-        experiment: whose runs it shows.
-        lines: one for each arm; of a grid that was searched, only the arms that were run.
-        warnings: sentences about runs that are missing, unfinished or cut.
-    """
-
-    name: str
     experiment: Experiment
-    lines: list[Line]
-    warnings: list[str]
+    lines: list[Line]  # one for each arm; of a grid that was searched, only the arms that were run
+    warnings: list[str]  # sentences about runs that are missing, unfinished or cut
 
     @property
     def runs(self) -> list[RunData]:
@@ -114,7 +91,7 @@ class Data:
 
     @property
     def seeds(self) -> str:
-        """How many seeds stand behind a line, for the figure: `n = 5 seeds`, or `n = 3 to 4 of 5 seeds`."""
+        """How many seeds a line has, for the figure: `n = 5 seeds`, or `n = 3 to 4 of 5 seeds`."""
         counts, all_of = sorted({len(line.runs) for line in self.lines}), len(self.experiment.seeds)
         if counts == [all_of]:
             return f"n = {all_of} seed{'s' if all_of != 1 else ''}"
@@ -137,20 +114,7 @@ def rows_of(path: Path, warnings: list[str]) -> list[dict[str, Any]]:
 
 
 def read_run(run: Run, keys: Iterable[str], warnings: list[str]) -> RunData:
-    """Read a run's metrics and TEST.
-
-    Args:
-        run: its folder.
-        keys: metrics beside ALWAYS; TEST reads eval.jsonl.
-        warnings: gets sentences about lines that were cut off.
-
-    Returns:
-        These columns alone.
-
-    Raises:
-        FigureError: a broken line, or a value that is no number.
-        RunError: the folder's config.yaml cannot be read.
-    """
+    """Read ALWAYS, `keys` and, if among them, TEST; a FigureError for a broken line or a value that is no number."""
     rows, columns = rows_of(run.metrics_file, warnings), {}
     for key in dict.fromkeys((*ALWAYS, *keys)):
         values = [row.get(key) for row in rows]
@@ -164,7 +128,7 @@ def read_run(run: Run, keys: Iterable[str], warnings: list[str]) -> RunData:
 
 
 def check_settings(runs: list[RunData]) -> None:
-    """Refuse seeds of one arm that were run with different settings: a FigureError that names the first one."""
+    """Refuse seeds of one arm that were run with different settings, with a FigureError."""
     for run in runs[1:]:
         a, b = runs[0].settings, run.settings
         for key in sorted((a.keys() | b.keys()) - FREE, key=str):
@@ -175,20 +139,8 @@ def check_settings(runs: list[RunData]) -> None:
                 )
 
 
-def load(name: str, experiment: Experiment, keys: Iterable[str]) -> Data:
-    """Read what a figure needs of an experiment's runs.
-
-    Args:
-        name: the figure's.
-        experiment: the runs' experiment.
-        keys: metrics beside ALWAYS; TEST reads eval.jsonl.
-
-    Returns:
-        The data, with a warning for what is missing but can be done without.
-
-    Raises:
-        FigureError: an arm without a finished run, a broken file, or seeds of different settings.
-    """
+def load(experiment: Experiment, keys: Iterable[str]) -> Data:
+    """Read ALWAYS and `keys` of an experiment's runs; a FigureError if an arm's runs are missing or do not match."""
     keys, warnings, lines, absent = tuple(keys), [], [], []
     for arm in experiment.arms:
         runs = []
@@ -213,19 +165,11 @@ def load(name: str, experiment: Experiment, keys: Iterable[str]) -> Data:
     if labels or not lines:
         without = f"{min(labels)!r} has no finished run; " if labels else ""
         raise FigureError(f"{without}{gap}; {command} makes them")
-    return Data(name, experiment, lines, warnings)
+    return Data(experiment, lines, warnings)
 
 
 def load_scales(name: str, seeds: int | None, keys: Iterable[str]) -> list[Data]:
-    """Read an experiment at every scale that has runs; a scale that cannot be drawn is left out with a warning.
-
-    Args:
-        name: the figure's and the experiment's.
-        seeds: only the first so many; None takes all.
-        keys: as `load`.
-
-    Returns:
-        One or more.
+    """Read an experiment at every scale that can be drawn, with a warning for the others.
 
     Raises:
         FigureError: no scale can be drawn.
@@ -233,7 +177,7 @@ def load_scales(name: str, seeds: int | None, keys: Iterable[str]) -> list[Data]
     scales, warnings, keys = [], [], tuple(keys)
     for experiment in scales_with_runs(name, seeds):
         try:
-            scales.append(load(name, experiment, keys))
+            scales.append(load(experiment, keys))
         except UserError as error:
             warnings.append(f"without {experiment.scale}: {error}")
     if not scales:
@@ -252,9 +196,3 @@ def scales_with_runs(name: str, seeds: int | None) -> list[Experiment]:
 def has_runs(experiment: Experiment) -> bool:
     """Whether an experiment has any run at its scale."""
     return any(Run(experiment.folder(*job)).metrics_file.is_file() for job in experiment.runs())
-
-
-def warn(name: str, warnings: Iterable[str]) -> None:
-    """Print each warning once, on stderr, with the figure's name."""
-    for sentence in dict.fromkeys(warnings):
-        print(f"warning: {name}: {sentence}", file=sys.stderr)

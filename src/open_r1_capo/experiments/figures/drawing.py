@@ -1,6 +1,6 @@
-"""How the figures look: panels of lines with their standard error, one legend, one sentence on what is shown.
+"""How the figures look: panels of lines with their standard error, a legend, and a sentence on what is shown.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart; line styles tell them apart in grey print.
+The colours are Okabe and Ito's, which colour-blind readers can tell apart; the line styles differ in grey print, too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LIMIT = 200_000  # bytes of a figure's JSON
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PINK, BLACK = "#56B4E9", "#CC79A7", "#000000"
 DASH, DOT, MIX = (5, 2), (1.2, 1.4), (6, 1.6, 1.2, 1.6)  # in line widths
-# a method looks the same in every figure: (colour, dashes); CAPO's are solid, their base methods dashed
+# a method's (colour, dashes) in every figure; CAPO's are solid, their base methods dashed
 STYLES = {
     "grpo_conservative": (BLACK, DOT),
     "grpo_aggressive": (RED, DASH),
@@ -52,40 +52,25 @@ RC = {
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes.
+    """One pair of axes."""
 
-    Attributes:
-        key: a metric, or TEST.
-        title: above it, with the unit if there is one.
-        x: the horizontal column, cumulative.
-        scale: matplotlib's name of the vertical scale.
-        smooth: whether --smooth applies; not where spikes are what the panel is about, never to TEST.
-        shows: whether an arm belongs in the panel.
-        published: recipe → the paper's points, drawn at its scale only.
-    """
-
-    key: str
+    key: str  # a metric, or TEST
     title: str
-    x: str = "completions"
-    scale: str = "linear"
-    smooth: bool = True
+    x: str = "completions"  # a cumulative column
+    scale: str = "linear"  # of the vertical axis: matplotlib's name, or percent
+    smooth: bool = True  # whether --smooth applies; not where spikes are the point, never to TEST
     shows: Callable[[Line], bool] = lambda line: True
+    # recipe → the paper's points, drawn at its scale only
     published: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
 
 
 @dataclass
 class Result:
-    """What a figure's function gives back.
+    """What a figure's function returns."""
 
-    Attributes:
-        numbers: what is drawn or tabled, for <name>.json.
-        figure: for <name>.png and .svg, or None.
-        table: Markdown for <name>.md, or None.
-    """
-
-    numbers: dict[str, Any]
-    figure: Figure | None = None
-    table: str | None = None
+    numbers: dict[str, Any]  # what is drawn or tabled, for <name>.json
+    figure: Figure | None = None  # for <name>.png and .svg
+    table: str | None = None  # Markdown, for <name>.md
 
 
 def look(lines: Sequence[Line]) -> list[dict[str, Any]]:
@@ -119,7 +104,7 @@ def draw_panel(axis: Axes, data: Data, panel: Panel, smooth: float) -> list[dict
             continue
         x, mean, error = curve(line, panel, smooth)
         if panel.scale == "log":
-            mean = np.where(mean > 0, mean, np.nan)  # a gap, where the band would otherwise reach down to nowhere
+            mean = np.where(mean > 0, mean, np.nan)  # a gap: no logarithm
         thin = {"lw": 1.0, "alpha": 0.85} if not panel.smooth and panel.key != TEST else {}
         marks = {"marker": "o", "ms": 2.5} if panel.key == TEST else {}
         axis.plot(x, mean, label=line.arm.label, **style, **thin, **marks)
@@ -138,7 +123,7 @@ def draw_panel(axis: Axes, data: Data, panel: Panel, smooth: float) -> list[dict
 
 
 def scale_axes(axis: Axes, panel: Panel, drawn: Sequence[Mapping[str, Any]]) -> None:
-    """Set the scales: a horizontal logarithm where the arms of `draw_panel` differ in length, the panel's vertical."""
+    """Set the scales: horizontally a logarithm where the arms differ in length, vertically the panel's."""
     places, first = [arm["x"] for arm in drawn if len(arm["x"])], 0
     if places and max(x[-1] for x in places) > 2.5 * min(x[-1] for x in places):  # else short arms are squeezed
         x = np.concatenate(places)
@@ -171,17 +156,7 @@ def thousands(x: float) -> str:
 
 
 def draw(data: Data, panels: Sequence[Panel], columns: int, smooth: float) -> Result:
-    """Draw a figure of curves.
-
-    Args:
-        data: the figure's runs.
-        panels: row by row.
-        columns: panels a row.
-        smooth: weight of the moving average over steps; 0 for none.
-
-    Returns:
-        The figure and its numbers.
-    """
+    """Draw panels row by row; `smooth` is the weight of the moving average over steps, 0 for none."""
     rows = math.ceil(len(panels) / columns)
     with plt.rc_context(RC):
         size = (max(3.4 * columns, 4.8), (2.7 if columns > 1 else 3.2) * rows + 0.8)
@@ -214,13 +189,8 @@ def note(data: Data, panels: Sequence[Panel], smooth: float) -> str:
     return f"{data.experiment.scale}; {text}; mean{error}, {data.seeds}{marks}"
 
 
-def scale_and_seeds(data: Data) -> str:
-    """The sentence below a figure that is none of curves."""
-    return f"{data.experiment.scale}; {data.seeds}"
-
-
 def finish(figure: Figure, data: Data, text: str) -> None:
-    """Add one legend of all lines, and the sentence `text` below."""
+    """Add one legend for all lines, and the sentence `text` below."""
     handles = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -242,7 +212,7 @@ def caption(figure: Figure, text: str) -> None:
 def heading(data: Data) -> dict[str, Any]:
     """What every figure's JSON begins with."""
     experiment = data.experiment
-    return {"name": data.name, "title": experiment.title, "scale": experiment.scale, "seeds": data.seeds}
+    return {"name": experiment.name, "title": experiment.title, "scale": experiment.scale, "seeds": data.seeds}
 
 
 def compact(value: Any) -> Any:
@@ -260,7 +230,7 @@ def compact(value: Any) -> Any:
 
 
 def thinned(numbers: dict[str, Any], every: int) -> dict[str, Any]:
-    """Keep every so-manieth point of each drawn line, and its last."""
+    """Keep every n-th point of each drawn line, and its last."""
 
     def keep(arm: dict[str, Any]) -> dict[str, Any]:
         return {k: [*v[:-1][::every], v[-1]] if isinstance(v, list) and v else v for k, v in arm.items()}
@@ -270,7 +240,7 @@ def thinned(numbers: dict[str, Any], every: int) -> dict[str, Any]:
 
 
 def save(result: Result, name: str, out: Path) -> list[Path]:
-    """Write <name>.png, .svg, .md and .json into `out`, as far as there is something for them; returns their paths."""
+    """Write <name>.png, .svg, .md and .json into `out`, those that the result has; returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     if result.figure is not None:

@@ -68,9 +68,9 @@ def fig7(data: Data) -> Layout:
         Panel(
             "reward",
             f"in-training accuracy, {n:g} iterations a batch",
-            shows=lambda line, n=n: line.setting("num_iterations") in (None, n),
+            shows=lambda line, n=n: line.arm.value("num_iterations") in (None, n),
         )
-        for n in sorted({line.setting("num_iterations") for line in data.lines} - {None})
+        for n in sorted({line.arm.value("num_iterations") for line in data.lines} - {None})
     ]
     return panels or [ACCURACY], len(panels) or 1
 
@@ -86,7 +86,7 @@ def fig9(data: Data) -> Layout:
 
 
 def fig10(data: Data) -> Layout:
-    """Accuracy against the tokens that were learnt from."""
+    """Accuracy against the number of tokens that were learned from."""
     panels = [Panel(panel.key, panel.title, x="accepted_tokens") for panel in with_test(data)]
     return panels, len(panels)
 

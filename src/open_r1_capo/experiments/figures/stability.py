@@ -11,21 +11,14 @@ from matplotlib.axes import Axes
 
 from open_r1_capo.experiments.figures import tables
 from open_r1_capo.experiments.figures.curves import FAMILIES, Data, FigureError, Line, RunData
-from open_r1_capo.experiments.figures.drawing import COLOURS, RC, Result, caption, heading, scale_and_seeds
+from open_r1_capo.experiments.figures.drawing import COLOURS, RC, Result, caption, heading
 
 MARKERS = "osD^vPX"
-STAGES = ((2, 10), (11, 20), (21, None))  # steps: a warm-up without its first, which stands still; then the collapse
+STAGES = ((2, 10), (11, 20), (21, None))  # steps: the warm-up without its first, at rate 0; then two later stages
 
 
 def stability(data: Data) -> Result:
-    """Last in-training accuracy against the learning rate; a ring marks the largest rate usable with all seeds.
-
-    Args:
-        data: arms that share a label and override learning_rate.
-
-    Returns:
-        The figure, and its table.
-    """
+    """Last in-training accuracy against the learning rate; a ring marks the largest rate usable with all seeds."""
     methods, numbers, table = rates_table(data)
     families: dict[str, list[str]] = {FAMILIES[start]: [] for start in ("", "dr", "rein")}
     for label, lines in methods.items():
@@ -47,19 +40,12 @@ def stability(data: Data) -> Result:
             axis.set_title(f"{name}: last in-training accuracy")
             axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
         text = "mean ± standard error, shifted sideways; hollow: fewer seeds; ring: largest rate usable with all"
-        caption(figure, f"{scale_and_seeds(data)}; {text}")
+        caption(figure, f"{data.experiment.scale}; {data.seeds}; {text}")
     return Result(heading(data) | numbers, figure, table)
 
 
 def rates_panel(axis: Axes, method: dict[str, Any], label: str, place: tuple[int, int]) -> None:
-    """Draw one method's accuracy by rate, a little aside, so that the methods do not hide each other.
-
-    Args:
-        axis: where.
-        method: its part of the numbers of `rates_table`.
-        label: in the legend.
-        place: its number among the panel's methods, and how many those are.
-    """
+    """Draw the accuracies by rate of the method number place[0] of place[1], shifted so that none hides another."""
     colour, marker = COLOURS[place[0] % len(COLOURS)], MARKERS[place[0] % len(MARKERS)]
     rates = method["rates"]
     x = np.array(list(rates)) * 2 ** (0.06 * (place[0] - (place[1] - 1) / 2))
@@ -75,10 +61,7 @@ def rates_panel(axis: Axes, method: dict[str, Any], label: str, place: tuple[int
 
 
 def rates_table(data: Data) -> tuple[dict[str, list[Line]], dict[str, Any], str]:
-    """Find what each method survives on its grid of learning rates.
-
-    Args:
-        data: arms that share a label and override learning_rate.
+    """What each method (a label whose arms override learning_rate) survives on its grid of learning rates.
 
     Returns:
         The lines of each method, in the order of their rates; the numbers by method; Markdown.
@@ -89,13 +72,13 @@ def rates_table(data: Data) -> tuple[dict[str, list[Line]], dict[str, Any], str]
     base = tables.base_of(data)
     methods: dict[str, list[Line]] = {}
     for line in data.lines:
-        if line.setting("learning_rate") is None:
+        if line.arm.value("learning_rate") is None:
             raise FigureError(f"the arm {line.arm.label!r} sets no learning_rate, which is the horizontal axis")
         methods.setdefault(line.arm.label, []).append(line)
     numbers, rows, all_of = {}, [], len(data.experiment.seeds)
     for label, lines in methods.items():
-        lines.sort(key=lambda line: line.setting("learning_rate"))
-        rates = {line.setting("learning_rate"): tables.outcome(line, base) for line in lines}
+        lines.sort(key=lambda line: line.arm.value("learning_rate"))
+        rates = {line.arm.value("learning_rate"): tables.outcome(line, base) for line in lines}
         largest = {
             f"largest_{verdict}": max((rate for rate, one in rates.items() if one[verdict] == all_of), default=None)
             for verdict in ("survived", "usable")
@@ -105,13 +88,8 @@ def rates_table(data: Data) -> tuple[dict[str, list[Line]], dict[str, Any], str]
         cells = [f"{rate:g}: {tables.spread(one['last'])} ({one['usable']}/{one['n']})" for rate, one in rates.items()]
         ends = (f"{rate:g}" if rate else "none" for rate in largest.values())
         rows.append([label, *ends, "; ".join(cells), tables.number(kl, ".2g")])
-    header = [
-        "method",
-        "largest rate survived",
-        "largest rate usable",
-        "rate: last accuracy (usable seeds / n)",
-        "largest KL of a step, nats",
-    ]
+    header = ["method", "largest rate survived", "largest rate usable"]
+    header += ["rate: last accuracy (usable seeds / n)", "largest KL of a step, nats"]
     notes = (
         f"Mean ± standard error over seeds; by all of {all_of} seeds. {tables.RULES} The base accuracy is {base:.3f}."
     )
@@ -125,14 +103,7 @@ def largest_kl(run: RunData) -> float:
 
 
 def step_sizes(data: Data) -> Result:
-    """Table the gradient's norm before clipping and the measured KL of a step, early and late in training.
-
-    Args:
-        data: runs with grad_norm and measured_kl.
-
-    Returns:
-        Their means over the steps of each of STAGES and over seeds, by arm.
-    """
+    """Table the gradient norm before clipping and the measured KL of a step, averaged over each of STAGES."""
     names = [f"{first} to {last}" if last else f"from {first}" for first, last in STAGES]
     keys, rows, numbers = {"gradient norm": "grad_norm", "KL": "capo/measured_kl"}, [], {}
     for line in data.lines:

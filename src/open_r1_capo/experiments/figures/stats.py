@@ -16,14 +16,9 @@ LEVEL = 0.95  # coverage of the intervals
 
 
 def ema(values: Sequence[float], weight: float) -> np.ndarray:
-    """Smooth by an exponential moving average whose weights add to one from the first value on.
+    """Exponential moving average y_t = Σ_k w^(t−k) x_k / Σ_k w^(t−k), over the known x_k with k ≤ t.
 
-    Args:
-        values: (T,), any unit; NaN is left out of the average and stays NaN.
-        weight: w in [0, 1), the share of the past: y_t = Σ_k w^(t−k) x_k / Σ_k w^(t−k), over the k ≤ t that are known.
-
-    Returns:
-        (T,) float64.
+    `values` (T,) may hold NaN, which stays NaN; the weight w in [0, 1) is the share of the past.
 
     Raises:
         ValueError: w lies outside [0, 1).
@@ -41,10 +36,7 @@ def ema(values: Sequence[float], weight: float) -> np.ndarray:
 
 
 def mean_and_error(series: Sequence[Mapping[int, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Take the mean over seeds at every step that all of them have; nothing is interpolated.
-
-    Args:
-        series: a mapping from step to value for each seed; NaN is a step without a value.
+    """The mean over seeds (each step → value) at every step that all of them have; nothing is interpolated.
 
     Returns:
         steps (S,) int64 in order, mean (S,), and its standard error (S,), stdev (n − 1) / √n; NaN for one seed.
@@ -65,16 +57,11 @@ def bootstrap(
     steps: bool = False,
     draws: int = DRAWS,
 ) -> tuple[float, float]:
-    """Take a 95 % percentile bootstrap interval over seeds, and over the steps within each if asked.
+    """95 % percentile bootstrap interval over seeds and, with `steps`, over the rows (steps) of each seed's array.
 
     The steps of a run depend on each other, so that an interval over few seeds and many steps is too narrow rather
-    than too wide. Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13.
-
-    Args:
-        seeds: one array for each seed; its rows are the steps.
-        statistic: a number from such a list; ±∞ is allowed, NaN leaves the resample out.
-        steps: resample the rows of each drawn seed as well.
-        draws: resamples; the generator is seeded, so that the same data give the same interval.
+    than too wide. Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13. The statistic may be
+    ±∞; NaN leaves the resample out. The generator is seeded: the same data give the same interval.
 
     Returns:
         The interval's ends, both values of the statistic (no interpolation); NaN without two rows or seeds to draw.
@@ -96,21 +83,16 @@ def bootstrap(
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
-    """Rank (N,) values without NaN from 1; equal ones share the mean of their places."""
+    """Rank (N,) values without NaN from 1; ties share the mean of their places."""
     _, inverse, count = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
     last = np.cumsum(count)
     return ((2 * last - count + 1) / 2)[inverse]
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Take Spearman's rank correlation: Pearson's of the ranks, ties averaged.
+    """Spearman's rank correlation of (N,) values: Pearson's of the ranks, ties averaged; pairs with NaN are left out.
 
-    Args:
-        x: (N,); pairs with a NaN are left out.
-        y: (N,).
-
-    Returns:
-        ρ in [−1, 1]; NaN for fewer than three pairs, or if one side is constant.
+    NaN for fewer than three pairs, or if one side is constant.
     """
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     known = ~(np.isnan(x) | np.isnan(y))
@@ -122,16 +104,10 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def cost_to(target: float, rewards: Sequence[float], cost: Sequence[float]) -> float:
-    """Find what a run has spent when the mean reward of its last outcomes.WINDOW steps first reaches a target.
+    """What a run has spent when the mean reward of its last outcomes.WINDOW steps first reaches a target.
 
-    Args:
-        target: accuracy.
-        rewards: (T,), a step's mean reward; NaN for a step without one.
-        cost: (T,), cumulative: completions, accepted tokens or steps.
-
-    Returns:
-        The cost at the last step of the first such window, which is full, so never before step WINDOW; ∞ if the
-        target is not reached, NaN if the cost is not known.
+    `rewards` (T,) are NaN where a step has none; `cost` (T,) is cumulative, read at the last step of that window,
+    so never before step WINDOW; ∞ if the target is not reached, NaN if the cost is unknown.
     """
     pairs = [(reward, spent) for reward, spent in zip(rewards, cost, strict=True) if not np.isnan(reward)]
     means = outcomes.trailing_means([reward for reward, _ in pairs])

@@ -1,4 +1,4 @@
-"""The tables of the paper and ours, as Markdown and as numbers, and what all tables are written with."""
+"""The tables of the paper and ours, as Markdown and numbers, and the helpers that all tables share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from open_r1_capo.experiments.figures.curves import TEST, Data, FigureError, Lin
 from open_r1_capo.experiments.figures.drawing import Result, heading
 from open_r1_capo.runs import outcomes
 
-SECONDS = {  # the rows of Table 1, as far as TRL's step can be told apart
+SECONDS = {  # the rows of Table 1 that TRL's step can be split into
     "time/generate": "generation",
     "time/reward": "reward",
     "time/curvature": "CAPO: shifts, selection, moments",
@@ -38,13 +38,13 @@ Estimate = dict[str, float]  # value, and the ends low and high of its 95 % boot
 
 
 def markdown(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: str) -> str:
-    """Lay a table out, its title above and its notes, which say how every number was made, below."""
+    """A Markdown table with a title above, and below the notes on how its numbers were made."""
     lines = [f"**{title}**", "", f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), "", notes, ""])
 
 
 def number(value: float, form: str = ".3f") -> str:
-    """Write a number; – for one that is not known, and words for a target that is not reached."""
+    """Write a number; – for an unknown one, and words for a target that is not reached."""
     if math.isnan(value):
         return "–"
     return "not reached" if math.isinf(value) else format(value, form).rstrip(".")
@@ -70,19 +70,10 @@ def interval(estimate: Estimate, form: str = ".3f") -> str:
 
 
 def pairs(run: RunData, predicted: str, measured: str, exponent: int) -> np.ndarray:
-    """Take a step's prediction and measurement, for the step that was taken.
+    """Prediction and measurement (T', 2) of each step that was taken, without NaN.
 
     The metrics predict the scheduled rate's step; a planned one was shorter by s = capo/step_scale: m_F is quadratic
-    in it, m_H linear to first order. Skipped steps moved nothing and are left out.
-
-    Args:
-        run: with both columns and TAKEN_KEYS.
-        predicted: a column.
-        measured: a column.
-        exponent: of s.
-
-    Returns:
-        (T', 2), without NaN.
+    in it (`exponent` 2), m_H linear to first order. Skipped steps moved nothing and are left out.
     """
     scale = np.nan_to_num(run.columns["capo/step_scale"], nan=1.0)
     both = np.stack([run.columns[predicted] * scale**exponent, run.columns[measured]], axis=1)
@@ -127,15 +118,7 @@ def base_of(data: Data) -> float:
 
 
 def outcome(line: Line, base: float) -> dict[str, Any]:
-    """What became of an arm's runs.
-
-    Args:
-        line: its runs.
-        base: from `base_of`.
-
-    Returns:
-        last and best accuracy of each seed, and how many of n collapsed, fell, survived and stayed usable.
-    """
+    """Last and best accuracy of an arm's runs, and how many of n collapsed, fell, survived and stayed usable."""
     rewards = [run.rewards for run in line.runs]
     survived = sum(map(outcomes.survived, rewards))
     return {
@@ -209,17 +192,7 @@ def table5(data: Data) -> Result:
 
 
 def efficiency(data: Data) -> Result:
-    """Table what it costs to reach the final accuracy of conservative GRPO, and what became of the runs.
-
-    Args:
-        data: runs with one arm of the recipe grpo_conservative.
-
-    Returns:
-        Completions, accepted tokens and steps to the target, best and last accuracy, collapsed seeds.
-
-    Raises:
-        FigureError: no arm to take the target from.
-    """
+    """Table the cost of reaching conservative GRPO's final accuracy; a FigureError if it is not among the arms."""
     reference = next((line for line in data.lines if line.arm.recipe == "grpo_conservative"), None)
     if reference is None:
         raise FigureError("the target is the final accuracy of grpo_conservative, which is not among the arms")
@@ -277,18 +250,11 @@ def transfer(scales: Sequence[Data]) -> Result:
     )
     plain = {scale: {", ".join(label): one for label, one in arms.items()} for scale, arms in numbers.items()}
     table = markdown(title, ["arm", "settings", *numbers], rows, notes)
-    return Result({"name": scales[0].name, "title": title, "scales": plain}, table=table)
+    return Result({"name": scales[0].experiment.name, "title": title, "scales": plain}, table=table)
 
 
 def tuning(data: Data) -> Result:
-    """Table what the settings of each method are chosen by: the mean reward of the second half of the runs.
-
-    Args:
-        data: arms that share a label and differ in their settings.
-
-    Returns:
-        The mean over seeds of each setting, the best of each label in bold, and the share of tokens acted on.
-    """
+    """Table what each method's settings are chosen by: the mean reward of the second half of the runs."""
     numbers, rows = {}, []
     shared = set.intersection(*(set(line.arm.overrides) for line in data.lines))
     for line in data.lines:
