@@ -43,21 +43,13 @@ class LaunchOptions:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The nodes of a job.
+    """The nodes of a job."""
 
-    Attributes:
-        nodes: host names, in Slurm's order.
-        addresses: their IP addresses, in the same order.
-        gpus: on each node.
-        cpus: of each node; None leaves them to Slurm.
-        port: the first of `PORTS` free ones.
-    """
-
-    nodes: tuple[str, ...]
-    addresses: tuple[str, ...]
-    gpus: int
-    cpus: int | None = None
-    port: int = 20000
+    nodes: tuple[str, ...]  # host names, in Slurm's order
+    addresses: tuple[str, ...]  # their IP addresses, in the same order
+    gpus: int  # on each node
+    cpus: int | None = None  # of each node; None leaves them to Slurm
+    port: int = 20000  # the first of `PORTS` free ones
 
     def address(self, node: str) -> str:
         """Where a node is reached."""
@@ -77,11 +69,10 @@ class Share:
 
 
 def resolve(options: LaunchOptions, allocation: Allocation, seed: int) -> list[SrunStep]:
-    """Turn options into the steps of a job: the server's, one a node, and then the trainer's.
+    """The steps of a job: the server's, one a node, and then the trainer's.
 
     Raises:
         LaunchError: the options contradict each other, or do not fit the nodes.
-        ConfigError: the recipe or an override is not accepted, or the batch cannot be shared.
     """
     overrides = [f"scale={options.scale}", f"seed={seed}"]
     overrides += [f"generation={options.generation}"] if options.generation else []
@@ -105,11 +96,7 @@ def resolve(options: LaunchOptions, allocation: Allocation, seed: int) -> list[S
 
 
 def divide(options: LaunchOptions, allocation: Allocation, settings: Mapping[str, Any]) -> tuple[Share, Share]:
-    """The shares of the trainer and of the server, either of which may be empty.
-
-    Raises:
-        LaunchError: there is nothing left for one of them, or no server is wanted.
-    """
+    """The shares of the trainer and of the server, either may be empty; raises LaunchError if one has nothing left."""
     nodes, gpus = allocation.nodes, allocation.gpus
     if options.serve:
         return Share(), Share(nodes, gpus)
@@ -200,7 +187,6 @@ def trainer_step(
 
     Raises:
         LaunchError: there is no GPU.
-        ConfigError: the processes cannot share the batch.
     """
     plain = bool(settings.get("use_cpu")) and not options.accelerator
     if not plain and share.gpus < 1:

@@ -86,15 +86,7 @@ def command(argv: list[str]) -> int:
 
 
 def seed_of(wanted: str | None, environ: Mapping[str, str]) -> int:
-    """The run's seed: the option's, or in an array job the task's number.
-
-    Args:
-        wanted: a number, or an array such as `0-4` whose first seed counts until it is submitted.
-        environ: of the process.
-
-    Raises:
-        LaunchError: it is no number.
-    """
+    """The run's seed: in an array job the task's number, else the option's (of `0-4` the first); or LaunchError."""
     task, inside = environ.get("SLURM_ARRAY_TASK_ID"), "SLURM_JOB_ID" in environ
     if task and (wanted or "").isdecimal():
         raise LaunchError(f"the seed of an array's job is its number, {task}: leave --seed {wanted} out")
@@ -107,11 +99,7 @@ def seed_of(wanted: str | None, environ: Mapping[str, str]) -> int:
 
 
 def slurm_allocation(asked: argparse.Namespace, environ: Mapping[str, str]) -> Allocation:
-    """The running job's nodes and GPUs, as many as the options ask for, by default all.
-
-    Raises:
-        LaunchError: the job has fewer.
-    """
+    """The running job's nodes and GPUs, as many as asked for, by default all; LaunchError if it has fewer."""
     listed = subprocess.check_output(["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]], text=True)
     nodes, gpus = listed.split(), int(environ.get("SLURM_GPUS_ON_NODE") or 0)
     for what, wanted, there in (("nodes", asked.nodes, len(nodes)), ("gpus-per-node", asked.gpus_per_node, gpus)):
@@ -131,11 +119,7 @@ def assumed_allocation(asked: argparse.Namespace) -> Allocation:
 
 
 def address(node: str) -> str:
-    """A node's IP address, or where it cannot be looked up the name in Slurm's configuration.
-
-    Args:
-        node: its name in Slurm, which need not be that of a host.
-    """
+    """A node's IP address, or its name in Slurm's configuration where that cannot be looked up."""
     told = subprocess.run(["scontrol", "--oneliner", "show", "node", node], capture_output=True, text=True).stdout
     match = re.search(r"\bNodeAddr=(\S+)", told)
     name = match[1] if match else node
@@ -146,11 +130,7 @@ def address(node: str) -> str:
 
 
 def free_ports(first: int) -> int:
-    """The first of `PORTS` ports in a row, from `first` on, that are free on this machine.
-
-    Raises:
-        LaunchError: there are none within a thousand.
-    """
+    """The first of `PORTS` free ports in a row of this machine, from `first` on; LaunchError if there are none."""
     for start in range(first, first + 1000, PORTS):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for port in range(start, start + PORTS):
@@ -160,13 +140,7 @@ def free_ports(first: int) -> int:
 
 
 def submission(asked: argparse.Namespace, argv: Sequence[str], gpus: int) -> list[str]:
-    """The sbatch command of a job with these options; partition and account come from slurm/site.sh.
-
-    Args:
-        asked: the options.
-        argv: the same as text.
-        gpus: of each node; 0 for none.
-    """
+    """The sbatch command with so many GPUs a node; partition and account come from slurm/site.sh."""
     words = ["sbatch", f"--nodes={asked.nodes or 1}", f"--gres=gpu:{gpus}" if gpus else "--gres=none"]
     words += ["--job-name", f"{asked.recipe}-{asked.scale}"]
     words += [f"--array={asked.seed}"] if asked.seed and not asked.seed.isdecimal() else []

@@ -21,14 +21,7 @@ LAUNCHED = (
 def local_command(recipe: str, overrides: Sequence[str], settings: Mapping[str, Any], gpus: int) -> list[str] | None:
     """The command that trains with one process a GPU, under ZeRO-2, which keeps float32 weights for Adam.
 
-    Args:
-        recipe: its name.
-        overrides: of it.
-        settings: the composed recipe.
-        gpus: of this machine.
-
-    Returns:
-        The command; None where training belongs into this process: the recipe runs on the CPU, or there is no GPU.
+    It is None where training belongs into this process: the recipe runs on the CPU, or there is no GPU.
     """
     if settings.get("use_cpu") or not gpus:
         return None
@@ -38,11 +31,7 @@ def local_command(recipe: str, overrides: Sequence[str], settings: Mapping[str, 
 
 
 def launch_on_gpus(recipe: str, overrides: Sequence[str]) -> None:
-    """Replace this process by `local_command`, unless that is None or a launcher has started this process.
-
-    Raises:
-        ConfigError: the recipe or an override is not accepted.
-    """
+    """Replace this process by `local_command`, unless that is None or a launcher has started this process."""
     gpus = 0 if any(name in os.environ for name in LAUNCHED) else len(gpu_memory())
     if gpus:
         command = local_command(recipe, overrides, compose_recipe(recipe, list(overrides)), gpus)

@@ -45,11 +45,7 @@ class ServerError(UserError, RuntimeError):
 
 
 def vllm_python() -> Path:
-    """The interpreter that has vLLM: this one, or that of `.venv-vllm`.
-
-    Raises:
-        ServerError: neither has it.
-    """
+    """The interpreter that has vLLM, this one or that of `.venv-vllm`; raises ServerError if neither has it."""
     if importlib.util.find_spec("vllm"):
         return Path(sys.executable)
     if not (VLLM_PYTHON.parents[1] / ".ready").is_file():
@@ -83,13 +79,8 @@ def gpu_memory() -> list[int]:
 def parallelism(memory: Sequence[int], weights: int, heads: int) -> tuple[int, int]:
     """Spread a model over GPUs: as few as hold it for one copy, as many copies as fit.
 
-    Args:
-        memory: bytes of each GPU.
-        weights: bytes of the model's.
-        heads: of attention; the tensor parallel size must divide their number.
-
-    Returns:
-        Tensor parallel and data parallel size.
+    `memory` has bytes a GPU, `weights` is in bytes. Returns the tensor parallel size, which divides the number of
+    attention heads, and the data parallel size.
     """
     gpus = max(1, len(memory))
     sizes = [size for size in range(1, gpus + 1) if gpus % size == 0 and heads % size == 0]
@@ -99,13 +90,9 @@ def parallelism(memory: Sequence[int], weights: int, heads: int) -> tuple[int, i
 
 
 def serve_command(python: str, entry: tuple[str, str], model: str, **arguments: Any) -> list[str]:
-    """Write the command of vLLM's OpenAI-compatible server.
+    """Write the command of vLLM's OpenAI-compatible server; `entry` is `API_SERVER` or `COMMAND_LINE`.
 
-    Args:
-        python: interpreter of the environment that has vLLM.
-        entry: `API_SERVER` or `COMMAND_LINE`.
-        model: folder or hub id.
-        **arguments: of `vllm serve`, such as `tensor_parallel_size=2` or `enforce_eager=True`; None leaves one out.
+    Arguments are those of `vllm serve`, such as `tensor_parallel_size=2` or `enforce_eager=True`; None leaves one out.
     """
     command = [python, "-m", *entry, model]
     for name, value in arguments.items():
@@ -118,10 +105,10 @@ def serve_command(python: str, entry: tuple[str, str], model: str, **arguments: 
 
 
 def cpu_arguments(context: int | None) -> dict[str, Any]:
-    """Arguments of an engine on the CPU; `context` is its longest sequence in tokens, None if unknown.
+    """Arguments of an engine on the CPU whose longest sequence is `context` tokens, None if unknown.
 
-    Compiling takes longer than a CPU-sized job. A seeded request whose prompt is split over two steps crashes the CPU
-    engine, which rewinds its random generator, so that prompts are not split.
+    Compiling takes longer than a CPU-sized job. Prompts are not split: a seeded request whose prompt is split over two
+    steps crashes the CPU engine, which rewinds its random generator.
     """
     whole = max(8192, context or 0)
     return {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": whole}
@@ -130,15 +117,9 @@ def cpu_arguments(context: int | None) -> dict[str, Any]:
 def vllm_command(
     python: str, model: Path, port: int, memory: Sequence[int], max_length: int | None, **changes: Any
 ) -> list[str]:
-    """Write the command that serves a model of this machine as `policy`, spread over all of its GPUs.
+    """Write the command that serves a local model as `policy`, spread over GPUs of so many bytes each, or the CPU.
 
-    Args:
-        python: interpreter of the environment that has vLLM.
-        model: folder of the model.
-        port: TCP port to listen on.
-        memory: bytes of each GPU; none for the CPU.
-        max_length: longest sequence in tokens, or None for the model's own.
-        **changes: other arguments of `serve_command`.
+    `max_length` is in tokens, None for the model's own; changes are other arguments of `serve_command`.
     """
     config = json.loads((model / "config.json").read_text())
     arguments = {"host": "127.0.0.1", "port": port, "served_model_name": "policy", "seed": 0}
@@ -187,12 +168,7 @@ def tail(log: Path) -> str:
 
 
 def failure(log: Path, what: str) -> ServerError:
-    """Say why the server is not there, with the first exception and the last lines of its log.
-
-    Args:
-        log: the server's.
-        what: was seen of it, as in "stopped with exit code 1".
-    """
+    """Explain why the server "stopped with exit code 1": the first exception and the last lines of its log."""
     text = log.read_text(errors="replace") if log.exists() else ""
     hint = ""
     if OUT_OF_MEMORY.search(text):
@@ -229,17 +205,9 @@ def _wait(process: subprocess.Popen, url: str, log: Path, startup: float) -> Non
 def serve(
     command: Sequence[str], url: str, log: Path, environment: Mapping[str, str] | None = None, startup: float = STARTUP
 ) -> Iterator[subprocess.Popen]:
-    """Run a server for the time of a `with` block.
+    """Run a server for the time of a `with` block; it is ready when `url` answers 200, within `startup` seconds.
 
-    Args:
-        command: starts it.
-        url: answers 200 when it is ready.
-        log: file for its output.
-        environment: its environment variables.
-        startup: seconds it may take.
-
-    Raises:
-        ServerError: it does not come up.
+    Raises ServerError if it does not come up.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:

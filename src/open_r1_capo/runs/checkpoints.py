@@ -75,13 +75,8 @@ def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
 def check_processes(folder: Path, now: int, allowed: bool) -> str | None:
     """Refuse to resume with another number of processes: each draws its completions from its own random numbers.
 
-    Args:
-        folder: a complete checkpoint.
-        now: processes of this launch.
-        allowed: whether the user accepts that the run differs from an uninterrupted one.
-
     Returns:
-        A sentence about what was accepted; None if the numbers are equal or the checkpoint does not say.
+        A sentence about what was `allowed`; None if the numbers are equal or the checkpoint does not say.
 
     Raises:
         CheckpointError: the numbers differ, and that is not allowed or, with DeepSpeed's shards, not possible.

@@ -17,12 +17,7 @@ class UserError(Exception):
 
 
 def run_cli(command: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-    """Run a command and return its exit code; a `UserError` or Ctrl-C becomes one line on stderr.
-
-    Args:
-        command: does the work; None stands for 0.
-        interrupted: printed after Ctrl-C.
-    """
+    """Run a command and return its exit code; a `UserError` or Ctrl-C becomes one line on stderr."""
     try:
         return command() or 0
     except UserError as error:

@@ -28,11 +28,7 @@ def known_recipes() -> list[str]:
 
 
 def compose_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
-    """Compose a recipe with command-line overrides into plain settings.
-
-    Args:
-        name: a recipe of `known_recipes`.
-        overrides: `key=value`, also of TRL fields that the recipe does not mention, and `group=option`.
+    """Compose a recipe with overrides (`key=value` also of any TRL field, `group=option`) into plain settings.
 
     Raises:
         ConfigError: an unknown recipe, group option or key (with the nearest valid one), or an override that nothing

@@ -105,11 +105,7 @@ def gold_answer(value: object) -> str:
 
 
 def read_rows(path: str | Path) -> list[dict]:
-    """Read a JSONL or Parquet file, one dict a row.
-
-    Raises:
-        DataError: If it is missing, of another type, or malformed (JSONL: names file and line).
-    """
+    """Read a JSONL or Parquet file, one dict a row; raises DataError if it is missing or malformed."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"there is no file {path}")
@@ -160,13 +156,9 @@ LOCAL_COPY = "data.path=<file or folder of .jsonl or .parquet>"
 
 
 def hub_rows(name: str, config: str | None, split: str, local_copy: str = LOCAL_COPY) -> list[dict]:
-    """Load a data set from the Hugging Face hub, or from its local cache, one dict a row.
+    """Load a data set `owner/name` from the hub or its local cache, one dict a row.
 
-    Args:
-        name: The hub's name, `owner/name`.
-        config: Which configuration of it, or None.
-        split: Which split of it.
-        local_copy: How the user names a local copy, for the message.
+    Messages tell the user to give a local copy as `local_copy` says.
 
     Raises:
         DataError: If it does not exist, is gated, or the hub cannot be reached.
@@ -240,18 +232,15 @@ def load_problems(
     problem_column: str | None = None,
     answer_column: str | None = None,
 ) -> Dataset:
-    r"""Load problems and their answers.
+    r"""Load problems and their answers: `problem`, `answer`, and those of KEPT_COLUMNS that the source has.
 
     Args:
         name: `math_train_7500`, `math_train_12000`, or the name of any data set on the hub.
         path: A JSONL or Parquet file, or a folder of them, to read instead of the hub.
         config: Configuration of a hub data set.
         split: Split of a hub data set; in a folder, the files whose names start with it.
-        problem_column: Column of the problems, found by itself if it has a usual name.
-        answer_column: Column of the answers; of a worked solution, the last `\boxed` is taken.
-
-    Returns:
-        A data set with `problem`, `answer`, and those of KEPT_COLUMNS that the source has.
+        problem_column: By default the first of PROBLEM_COLUMNS that is there.
+        answer_column: By default as above; of a worked solution, the last `\boxed` is taken.
 
     Raises:
         DataError: If the data set is missing, malformed, incomplete, or has no answers.

@@ -18,36 +18,18 @@ Problem = dict[str, str]  # `problem` (the user's message) and `answer`
 
 
 class PolicySource(ABC):
-    """Gives the policy that training starts from.
+    """Gives the policy that training starts from."""
 
-    Attributes:
-        group: the recipe's group of settings that shape the policy, such as `lab`, a field of `RunConfig`; None if
-            there are none.
-        suite: the evaluation suite that fits this policy by default, a name of `evaluation.suite`.
-        system_prompt: used where a run's settings do not say; None is the default of `tasks.data`.
-    """
-
-    group: ClassVar[str | None] = None
-    suite: ClassVar[str] = "open"
-    system_prompt: ClassVar[str | None] = None
+    group: ClassVar[str | None] = None  # the recipe's settings that shape the policy, a field of `RunConfig`
+    suite: ClassVar[str] = "open"  # the default of `evaluation.suite`
+    system_prompt: ClassVar[str | None] = None  # where a run's settings do not say; None: that of `tasks.data`
 
     @abstractmethod
     def folder(self, name: str, settings: Any) -> str:
-        """Make the policy if it has to be made.
-
-        Args:
-            name: `model_name_or_path`.
-            settings: the typed settings of `group`; None without a group.
-
-        Returns:
-            A local folder, or a hub id that transformers resolves.
-
-        Raises:
-            UserError: the policy cannot be made or kept.
-        """
+        """Make the policy if need be; a local folder, or a hub id. Raises UserError if it cannot be made or kept."""
 
     def made(self, folder: Path) -> bool:
-        """Whether this source made the policy in `folder`; a model folder or a hub id was made elsewhere."""
+        """Whether this source made the policy in `folder`."""
         return False
 
     @abstractmethod
@@ -56,33 +38,19 @@ class PolicySource(ABC):
 
 
 class ProblemSource(ABC):
-    """Gives problems with their answers.
+    """Gives problems with their answers."""
 
-    Attributes:
-        reads: the settings of `data` that this source reads, beside `name`, `path` and `max_prompt_tokens`; others
-            are refused.
-        measured: whether it has held-out problems, so that `evaluation.problems` and `evaluation.suite` can be set.
-        longest_prompt: tokens of its longest prompt with the template; None where the problems do not fix it.
-    """
-
+    # settings of `data` read beside name, path and max_prompt_tokens; others are refused
     reads: ClassVar[frozenset[str]]
-    measured: ClassVar[bool] = False
-    longest_prompt: ClassVar[int | None] = None
+    measured: ClassVar[bool] = False  # has held-out problems, so that `evaluation.problems` and `.suite` can be set
+    longest_prompt: ClassVar[int | None] = None  # tokens with the template; None: the problems do not fix it
 
     def check(self, data: Any) -> None:  # noqa: B027 (most sources have nothing to refuse)
         """Refuse settings of `data` that the source cannot serve: ValueError, beginning with the setting's name."""
 
     @abstractmethod
     def training(self, data: Any, seed: int) -> Any:
-        """Training problems, a `datasets.Dataset` with `problem` and `answer`.
-
-        Args:
-            data: the recipe's `DataConfig`.
-            seed: of sources that draw their problems.
-
-        Raises:
-            UserError: the problems cannot be had.
-        """
+        """Training problems, a `datasets.Dataset` with `problem` and `answer`; raises UserError if there are none."""
 
     def held_out(self, data: Any, count: int) -> list[Problem]:
         """`count` held-out problems of the kind that is trained on; only where `measured`."""

@@ -110,15 +110,10 @@ def _make(folder: Path, settings: LabSettings, seed: int) -> None:
 
 
 def base_policy(seed: int = 0, cache_dir: Path | None = None, settings: LabSettings | None = None) -> Path:
-    """The folder of the pretrained lab policy, trained first where the cache does not have it.
+    """The folder of the pretrained lab policy, trained first (two minutes) where the cache does not have it.
 
-    Args:
-        seed: Decides the initial weights and the texts.
-        cache_dir: Cache folder; by default ``$OPEN_R1_CAPO_CACHE``, else ``~/.cache/open_r1_capo``.
-        settings: Sizes, schedule and mixture; by default `LabSettings()`, about two minutes on one core.
-
-    Returns:
-        A Hugging Face model folder with tokenizer. It is shared: write nothing into it.
+    It is a Hugging Face model folder with tokenizer, and shared: write nothing into it. The cache is `cache_dir`,
+    else ``$OPEN_R1_CAPO_CACHE``, else ``~/.cache/open_r1_capo``.
 
     Raises:
         LabError: If the cache cannot be written (full disk, no permission, no home).

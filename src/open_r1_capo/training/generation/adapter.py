@@ -31,15 +31,9 @@ CLOSE = {torch.float32: 0.02, torch.bfloat16: 0.1}  # nats: what rounding explai
 
 
 class CPUGeneration(VLLMGeneration):
-    """A backend as TRL's trainer sees it.
+    """A backend as TRL's trainer sees it; weights are handed over in `folder`.
 
-    Args:
-        trainer: whose policy is sampled; its state says at which step.
-        backend: holds the copy of it.
-        folder: where weights are handed over; a server must see it under the same path.
-
-    Raises:
-        GenerationError: the backend cannot be used.
+    Raises GenerationError if the backend cannot be used.
     """
 
     def __init__(self, trainer: Trainer, backend: Backend, folder: Path):
@@ -83,8 +77,7 @@ class CPUGeneration(VLLMGeneration):
     ) -> tuple[list, list, list, None]:
         """Draw a completion of every prompt (token ids) of this process; TRL's other arguments are not needed.
 
-        Returns:
-            Prompt ids, completion ids, log-probabilities (completions × tokens × 1, None where unknown), and None.
+        Returns prompt ids, completion ids, log-probabilities (completions × tokens × 1, None where unknown), and None.
         """
         del images, num_generations, profiler
         with _saving(self.trainer):
@@ -156,10 +149,7 @@ class CPUGeneration(VLLMGeneration):
 
 
 def completion_seed(seed: int, step: int, call: int) -> int:
-    """The seed of the first completion of a run's step and call (from 0); the i-th has this plus i.
-
-    It is below 2**31 - 2**20, so that the seeds of a million completions still fit 31 bits.
-    """
+    """The seed, below 2**31 - 2**20, of the first completion of a step's call; the i-th has this plus i."""
     digest = hashlib.sha256(f"{seed}/{step}/{call}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % (2**31 - 2**20)
 
@@ -206,8 +196,7 @@ class _Closing(TrainerCallback):
 def attach(trainer: Trainer, backend: Backend) -> None:
     """Start a backend, and let a trainer that was built with `use_vllm=False` generate with it until training ends.
 
-    Raises:
-        GenerationError: the backend cannot be used.
+    Raises GenerationError if the backend cannot be used.
     """
     run = Path(trainer.args.output_dir).resolve().parent
     memory = Path("/dev/shm")

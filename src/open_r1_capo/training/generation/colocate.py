@@ -29,11 +29,7 @@ RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 class VLLMChild(Backend):
     """One vLLM engine in a child process, started again if it dies.
 
-    Args:
-        command: what runs `worker.py`.
-        engine: arguments of `vllm.LLM`, the model among them.
-        log: file for what the engine prints.
-        sleep: waits for seconds.
+    `command` runs `worker.py`, and `engine` has the arguments of `vllm.LLM`, the model among them.
     """
 
     def __init__(
@@ -49,11 +45,7 @@ class VLLMChild(Backend):
         self._answers: queue.Queue[str] = queue.Queue()
 
     def start(self) -> None:
-        """Start the engine and load the model.
-
-        Raises:
-            GenerationError: it does not start, with the last lines of its log.
-        """
+        """Start the engine and load the model; raises GenerationError with the end of its log if that fails."""
         try:
             self._launch()
         except (OSError, Unavailable) as error:

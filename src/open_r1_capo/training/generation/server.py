@@ -38,13 +38,9 @@ class _NotFound(Unavailable):
 
 
 class VLLMServers(Backend):
-    """vLLM servers that somebody else started.
+    """vLLM servers that somebody else started, all with `model` (a folder or hub id); they share the requests.
 
-    Args:
-        urls: their addresses, such as `http://127.0.0.1:8000`; requests are shared out among them.
-        model: the folder or hub id that each must have been started with.
-        timeout: seconds to wait for the last of them at the start.
-        sleep: waits for seconds.
+    `start` waits `timeout` seconds for the last of them.
     """
 
     shared = True
@@ -60,7 +56,7 @@ class VLLMServers(Backend):
         """Wait for every server, and check what it serves.
 
         Raises:
-            GenerationError: one is not there in time, serves another model, or takes no weights.
+            GenerationError: one is not there in time, or serves another model.
         """
         deadline = time.monotonic() + self.timeout
         for url in self.urls:
