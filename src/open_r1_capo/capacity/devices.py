@@ -30,13 +30,8 @@ class Device:
         return self.memory * (1 - RESERVE)
 
 
-MEMORY = {
-    "h100": 81559,
-    "h200": 143771,
-    "a100-80": 81920,
-    "a100-40": 40960,
-    "l40s": 46068,
-}  # MiB that nvidia-smi shows
+# MiB that nvidia-smi shows
+MEMORY = {"h100": 81559, "h200": 143771, "a100-80": 81920, "a100-40": 40960, "l40s": 46068}
 
 
 def find_device(name: str) -> Device:

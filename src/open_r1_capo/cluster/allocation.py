@@ -69,11 +69,7 @@ class Share:
 
 
 def resolve(options: LaunchOptions, allocation: Allocation, seed: int) -> list[SrunStep]:
-    """The steps of a job: the server's, one a node, and then the trainer's.
-
-    Raises:
-        LaunchError: the options contradict each other, or do not fit the nodes.
-    """
+    """The steps of a job, the server's and then the trainer's; raises LaunchError if the options do not fit."""
     overrides = [f"scale={options.scale}", f"seed={seed}"]
     overrides += [f"generation={options.generation}"] if options.generation else []
     try:
@@ -130,11 +126,7 @@ def needs_server(settings: Mapping[str, Any]) -> bool:
 def server_steps(
     options: LaunchOptions, allocation: Allocation, settings: Mapping[str, Any], share: Share
 ) -> list[SrunStep]:
-    """The steps of one vLLM server behind one URL, one a node, the one that answers requests first.
-
-    Raises:
-        LaunchError: the model's copies do not fill the GPUs.
-    """
+    """The steps of one vLLM server behind one URL, one a node, the one that answers requests first; or LaunchError."""
     nodes, gpus = share.nodes, share.gpus
     copies, rest = divmod(len(nodes) * gpus, options.tp)
     if nodes and (gpus % options.tp or rest or options.dp not in (None, copies)):
@@ -177,17 +169,9 @@ def _longest(settings: Mapping[str, Any]) -> int | None:
 
 
 def trainer_step(
-    options: LaunchOptions,
-    allocation: Allocation,
-    settings: Mapping[str, Any],
-    share: Share,
-    overrides: Sequence[str],
+    options: LaunchOptions, allocation: Allocation, settings: Mapping[str, Any], share: Share, overrides: Sequence[str]
 ) -> SrunStep:
-    """The trainer's step: `accelerate launch` on each of its nodes, one process a GPU.
-
-    Raises:
-        LaunchError: there is no GPU.
-    """
+    """The trainer's step: `accelerate launch` on each of its nodes, one process a GPU; LaunchError without GPUs."""
     plain = bool(settings.get("use_cpu")) and not options.accelerator
     if not plain and share.gpus < 1:
         raise LaunchError("the job has no GPUs: give sbatch --gres=gpu:<number>")

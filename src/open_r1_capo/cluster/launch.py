@@ -21,7 +21,7 @@ from dataclasses import fields
 
 from open_r1_capo.cluster.allocation import PORTS, Allocation, LaunchError, LaunchOptions, resolve
 from open_r1_capo.cluster.job import LOGS, run_job
-from open_r1_capo.runs.exit import run_cli
+from open_r1_capo.runs.exit import positive, run_cli
 from open_r1_capo.settings.recipes import RECIPES, known_recipes
 
 ACCELERATORS = tuple(sorted(path.stem for path in (RECIPES / "accelerate_configs").glob("*.yaml")))
@@ -46,13 +46,13 @@ def parser() -> Parser:
     one.add_argument("--seed", default=None, help="a number; or, to submit an array of jobs, such as 0-4 (default 0)")
     one.add_argument("--accelerator", choices=ACCELERATORS, help="by default zero2; on CPUs one plain process")
     one.add_argument("--generation", choices=GENERATIONS, help="by default the scale's")
-    one.add_argument("--nodes", type=_positive, help="by default the job's; 1 when submitting")
-    one.add_argument("--gpus-per-node", type=_positive, help=f"by default the job's; {GPUS_PER_NODE} when submitting")
+    one.add_argument("--nodes", type=positive, help="by default the job's; 1 when submitting")
+    one.add_argument("--gpus-per-node", type=positive, help=f"by default the job's; {GPUS_PER_NODE} when submitting")
     servers = one.add_mutually_exclusive_group()
-    servers.add_argument("--server-gpus", type=_positive, help="GPUs of a single node that serve (default 1)")
-    servers.add_argument("--server-nodes", type=_positive, help="nodes, the last ones, that serve (default 1)")
-    one.add_argument("--tp", type=_positive, default=1, help="GPUs that hold one copy of the served model (default 1)")
-    one.add_argument("--dp", type=_positive, help="copies of it; by default as many as fit the server's GPUs")
+    servers.add_argument("--server-gpus", type=positive, help="GPUs of a single node that serve (default 1)")
+    servers.add_argument("--server-nodes", type=positive, help="nodes, the last ones, that serve (default 1)")
+    one.add_argument("--tp", type=positive, default=1, help="GPUs that hold one copy of the served model (default 1)")
+    one.add_argument("--dp", type=positive, help="copies of it; by default as many as fit the server's GPUs")
     one.add_argument("--args", default="", metavar='"KEY=VALUE …"', help="overrides of the recipe")
     one.add_argument("--serve", action="store_true", help="run the server alone, on all of the job's GPUs")
     one.add_argument(
@@ -154,12 +154,6 @@ def _submit(command: Sequence[str]) -> int:
         raise LaunchError("there is no sbatch on this machine: make train runs here, --dry-run prints the commands")
     LOGS.mkdir(parents=True, exist_ok=True)  # Slurm drops a job whose log it cannot write
     return subprocess.run(command, check=False).returncode
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

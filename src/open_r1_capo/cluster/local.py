@@ -12,10 +12,7 @@ from open_r1_capo.cluster.vllm import gpu_memory
 from open_r1_capo.settings.recipes import RECIPES, compose_recipe
 
 GRPO = Path(__file__).resolve().parents[1] / "grpo.py"
-LAUNCHED = (
-    "WORLD_SIZE",
-    "ACCELERATE_MIXED_PRECISION",
-)  # either tells that torchrun or accelerate started this process
+LAUNCHED = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")  # set by torchrun and accelerate
 
 
 def local_command(recipe: str, overrides: Sequence[str], settings: Mapping[str, Any], gpus: int) -> list[str] | None:

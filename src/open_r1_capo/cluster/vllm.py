@@ -37,6 +37,7 @@ NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "temperature": 1
 # arguments of a server that training samples from: log-probabilities are those that tokens were drawn from
 FOR_TRAINING = {"logprobs_mode": "processed_logprobs", "max_logprobs": -1}
 WEIGHTS_BY_NCCL = {"weight_transfer_config": {"backend": "nccl"}}
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # servers are never behind a proxy
 DEVELOPMENT = {"VLLM_SERVER_DEV_MODE": "1"}  # the trainer sends weights through vLLM's development endpoints
 
 
@@ -155,10 +156,9 @@ def die_with_parent() -> None:
 def answers(url: str) -> bool:
     """Whether an address answers 200 within five seconds."""
     try:
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with direct.open(url, timeout=5) as response:
+        with DIRECT.open(url, timeout=5) as response:
             return response.status == 200
-    except OSError:  # URLError is one
+    except (OSError, ValueError):  # nobody there, or no address
         return False
 
 

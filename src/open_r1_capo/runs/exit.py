@@ -1,7 +1,8 @@
-"""How a command ends: exit codes, the signals that stop a run, and the error whose message is for the user."""
+"""How a command begins and ends: its numbers, exit codes, the signals that stop a run, and the error for the user."""
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 from collections.abc import Callable
@@ -14,6 +15,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # let the running optimizer step fin
 
 class UserError(Exception):
     """Something that the user can put right. The message is one sentence: what is wrong, where, what to do."""
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def run_cli(command: Callable[[], int | None], interrupted: str = "interrupted") -> int:

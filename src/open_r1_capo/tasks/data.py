@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from open_r1_capo.runs.exit import UserError
+from open_r1_capo.tasks.verifier import box_end
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,14 +82,11 @@ def last_boxed(text: str) -> str | None:
     boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|\s\S+)", text))
     if not boxes:
         return None
-    last, depth = boxes[-1], 0
+    last = boxes[-1]
     if last[1] != "{":
         return last[1].strip().rstrip("$.")
-    for brace in re.finditer(r"(?<!\\)[{}]", text[last.start(1) :]):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return text[last.end(1) : last.start(1) + brace.start()].strip()
-    return None
+    end = box_end(text, last.start(1))
+    return None if end < 0 else text[last.end(1) : end - 1].strip()
 
 
 def gold_answer(value: object) -> str:

@@ -9,10 +9,13 @@ Heavy imports (torch, transformers, datasets) are made by the methods that need 
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
+
+from open_r1_capo.tasks.lab.task import VARIANTS, problems
 
 Problem = dict[str, str]  # `problem` (the user's message) and `answer`
 
@@ -70,8 +73,6 @@ class PretrainedPolicy(PolicySource):
 
     def config(self, name: str, settings: Any) -> Mapping[str, Any] | None:
         """The folder's config.json; None for a hub id."""
-        import json
-
         path = Path(name) / "config.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
@@ -134,8 +135,6 @@ class LabProblems(ProblemSource):
 
     def check(self, data: Any) -> None:
         """Refuse an unknown variant."""
-        from open_r1_capo.tasks.lab.task import VARIANTS
-
         if data.variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {data.variant!r}")
 
@@ -143,20 +142,14 @@ class LabProblems(ProblemSource):
         """Draw `data.problems` problems of `data.variant`."""
         from datasets import Dataset
 
-        from open_r1_capo.tasks.lab.task import problems
-
         return Dataset.from_list(problems("train", data.problems, seed=seed, variant=data.variant))
 
     def held_out(self, data: Any, count: int) -> list[Problem]:
         """Test problems of `data.variant`."""
-        from open_r1_capo.tasks.lab.task import problems
-
         return problems("test", count, variant=data.variant)
 
     def suite(self, count: int, seed: int = 0) -> dict[str, list[Problem]]:
         """The eight variants."""
-        from open_r1_capo.tasks.lab.task import VARIANTS, problems
-
         return {name: problems("test", count, seed=seed, variant=name) for name in VARIANTS}
 
 

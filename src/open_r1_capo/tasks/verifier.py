@@ -37,8 +37,8 @@ CACHE = 65_536  # verdicts remembered between calls, 100 bytes each
 # --- what math-verify is asked ---------------------------------------------------------------------------------------
 
 
-def _box_end(text: str, start: int) -> int:
-    """The index after the brace that closes the box opened at `start`, or -1 if none does."""
+def box_end(text: str, start: int) -> int:
+    """The index after the brace that closes the first one from `start` on, or -1 if none does."""
     depth = 0
     for index in range(start, len(text)):
         if text[index] in "{}" and text[index - 1] != "\\":
@@ -62,7 +62,7 @@ def essence(answer: str) -> str:
         box = answer.rfind("\\boxed")
     if box < 0 or not answer.startswith("{", box + 6) or answer.find("\\boxed") != box or "\\fbox" in answer:
         return answer
-    end = _box_end(answer, box)
+    end = box_end(answer, box)
     content, rest = answer[box + 7 : end - 1], answer[end:]
     if end < 0 or not content.strip() or "$" in content or re.search(r"[}%]|percent|pct", rest, re.IGNORECASE):
         return answer

@@ -7,6 +7,7 @@ by one rename, so that it is there whole or not at all, whatever stops the proce
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -72,14 +73,12 @@ def _one_maker(lock: Path) -> Iterator[None]:
     """Let one process of this machine make a policy while others wait; where files cannot be locked, all go on."""
     with lock.open("w") as handle:
         try:
-            import fcntl
-
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 print("lab policy: another process is making it, waiting", file=sys.stderr, flush=True)
                 fcntl.flock(handle, fcntl.LOCK_EX)
-        except (ImportError, OSError):
+        except OSError:
             pass  # two makers then both work, and the rename still keeps the folder whole
         yield
 

@@ -150,27 +150,20 @@ def zipf_filler(mean: float, size: int, exponent: float) -> Filler:
 
 def worked_solution(
     terms: tuple[int, ...],
-    rng: random.Random | None = None,
+    rng: random.Random,
     slip: float = 0.0,
     shortcut: float = 0.0,
     filler: Filler = no_filler,
 ) -> str:
-    r"""Write the running sums of a problem, as ``3+5=8, 8+7=15, \boxed{15}``.
+    r"""Write the running sums of at least two terms, as ``3+5=8, 8+7=15, \boxed{15}``.
 
     Args:
-        terms: Signed terms, at least two.
-        rng: Source of slips and shortcuts; needed when either is possible.
+        terms: With their signs.
+        rng: Source of slips and shortcuts.
         slip: Probability that one running sum is off by one or two; later sums go on from the wrong one.
         shortcut: Probability that a step adds two terms at once, as ``3+5+7=15``, where two are left.
         filler: Source of the words before each running sum and before the answer.
-
-    Raises:
-        ValueError: If slips or shortcuts are asked for without a source of randomness.
     """
-    if rng is None:
-        if slip > 0 or shortcut > 0:
-            raise ValueError("slips and shortcuts need a random generator")
-        rng = random.Random(0)
     total, rest, text = terms[0], list(terms[1:]), ""
     while rest:
         n = 2 if len(rest) > 1 and rng.random() < shortcut else 1

@@ -196,7 +196,8 @@ class _Closing(TrainerCallback):
 def attach(trainer: Trainer, backend: Backend) -> None:
     """Start a backend, and let a trainer that was built with `use_vllm=False` generate with it until training ends.
 
-    Raises GenerationError if the backend cannot be used.
+    Raises:
+        GenerationError: the backend cannot be used.
     """
     run = Path(trainer.args.output_dir).resolve().parent
     memory = Path("/dev/shm")

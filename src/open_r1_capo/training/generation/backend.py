@@ -13,8 +13,7 @@ from open_r1_capo.runs.exit import UserError
 
 Result = TypeVar("Result")
 
-ATTEMPTS = 5  # of one call, the first included: with the waits below 15 s of silence
-FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds
+WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further attempt of a call
 
 
 class GenerationError(UserError, RuntimeError):
@@ -81,23 +80,16 @@ class Backend(ABC):
 
 def retry(
     action: Callable[[], Result],
-    recover: Callable[[], None] = lambda: None,
-    attempts: int = ATTEMPTS,
+    recover: Callable[[], None],
     sleep: Callable[[float], None] = time.sleep,
 ) -> Result:
-    """Call an action up to `attempts` times, waiting twice as long before each, and `recover` before each further one.
-
-    Raises:
-        Unavailable: that of the last attempt.
-    """
-    attempt = 0
-    while True:
+    """Call an action until it is available, at most once more than there are `WAITS`; `recover` before each new attempt."""
+    for number, wait in enumerate(WAITS):
         try:
-            if attempt:
+            if number:
                 recover()
             return action()
         except Unavailable:
-            attempt += 1
-            if attempt >= attempts:
-                raise
-            sleep(min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)))
+            sleep(wait)
+    recover()
+    return action()

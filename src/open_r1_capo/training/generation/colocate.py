@@ -33,11 +33,7 @@ class VLLMChild(Backend):
     """
 
     def __init__(
-        self,
-        command: Sequence[str],
-        engine: dict[str, Any],
-        log: Path,
-        sleep: Callable[[float], None] = time.sleep,
+        self, command: Sequence[str], engine: dict[str, Any], log: Path, sleep: Callable[[float], None] = time.sleep
     ):
         self.command, self.engine, self.log, self.sleep = list(command), engine, log, sleep
         self.process: subprocess.Popen | None = None
