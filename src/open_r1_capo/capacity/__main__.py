@@ -1,4 +1,4 @@
-"""What a recipe needs of GPUs that nobody has to have: memory, disk, and what would fit where it does not.
+"""Estimate the GPU memory and disk that a recipe needs, and what would fit if it does not; no GPU is used.
 
     make plan RECIPE=capo_aggressive SCALE=qwen2.5-math-7b GPUS=4 GPU=h100
 

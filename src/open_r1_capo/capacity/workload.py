@@ -94,7 +94,7 @@ class Machines:
 
 
 def read(settings: dict[str, Any], machines: Machines) -> Workload:
-    """Read off a composed recipe what it asks for.
+    """Turn a composed recipe into the numbers that the formulas need.
 
     Raises:
         CapacityError: a model of unknown shape, or machines that cannot be used.

@@ -52,17 +52,17 @@ class Allocation:
     port: int = 20000  # the first of `PORTS` free ones
 
     def address(self, node: str) -> str:
-        """Where a node is reached."""
+        """A node's IP address."""
         return self.addresses[self.nodes.index(node)]
 
     def cpus_beside(self, gpus: int) -> int | None:
-        """The share of a node's CPUs that goes with so many of its GPUs."""
+        """The share of a node's CPUs that goes with this many of its GPUs."""
         return self.cpus and (self.cpus * gpus // self.gpus if self.gpus else self.cpus)
 
 
 @dataclass(frozen=True)
 class Share:
-    """Some nodes of an allocation, and so many GPUs on each of them."""
+    """Some nodes of an allocation, and a number of GPUs on each of them."""
 
     nodes: tuple[str, ...] = ()
     gpus: int = 0
@@ -92,7 +92,7 @@ def resolve(options: LaunchOptions, allocation: Allocation, seed: int) -> list[S
 
 
 def divide(options: LaunchOptions, allocation: Allocation, settings: Mapping[str, Any]) -> tuple[Share, Share]:
-    """The shares of the trainer and of the server, either may be empty; raises LaunchError if one has nothing left."""
+    """The trainer's and the server's shares, of which one may be empty; raises LaunchError if none is left for one."""
     nodes, gpus = allocation.nodes, allocation.gpus
     if options.serve:
         return Share(), Share(nodes, gpus)
@@ -126,7 +126,7 @@ def needs_server(settings: Mapping[str, Any]) -> bool:
 def server_steps(
     options: LaunchOptions, allocation: Allocation, settings: Mapping[str, Any], share: Share
 ) -> list[SrunStep]:
-    """The steps of one vLLM server behind one URL, one a node, the one that answers requests first; or LaunchError."""
+    """The steps of one vLLM server behind one URL, one a node, the answering one first; LaunchError if it does not fit."""
     nodes, gpus = share.nodes, share.gpus
     copies, rest = divmod(len(nodes) * gpus, options.tp)
     if nodes and (gpus % options.tp or rest or options.dp not in (None, copies)):

@@ -87,7 +87,7 @@ def log_of(name: str, job: int) -> Path:
 
 
 def _wait(running: Mapping[str, subprocess.Popen], signals: list[int], job: int) -> int:
-    """Wait for the trainer, and pass on every signal until it is heeded."""
+    """Wait for the trainer, and forward signals until it stops."""
     trainer = running["trainer"]
     sent, server_ended = 0.0, None
     while trainer.poll() is None:
@@ -112,7 +112,7 @@ def _wait(running: Mapping[str, subprocess.Popen], signals: list[int], job: int)
 
 
 def _serve(running: Mapping[str, subprocess.Popen], signals: list[int]) -> int:
-    """Wait until a server ends or is told to."""
+    """Wait until a server ends or a signal arrives."""
     while not signals:
         if any(process.poll() is not None for process in running.values()):
             return 1
@@ -121,7 +121,7 @@ def _serve(running: Mapping[str, subprocess.Popen], signals: list[int]) -> int:
 
 
 def requeue(job: int, code: int) -> int:
-    """Requeue a job that stopped at a checkpoint, unless somebody cancels it; Slurm then ends this process."""
+    """Requeue a job that stopped at a checkpoint, unless it is being cancelled; Slurm then ends this process."""
     state = subprocess.run(["squeue", "-h", "-j", str(job), "-o", "%T"], capture_output=True, text=True).stdout.split()
     if state != ["RUNNING"]:
         print(f"job {job} is {' '.join(state).lower() or 'gone'}: not requeued, submit it again", file=sys.stderr)

@@ -31,7 +31,7 @@ TRAIN_SCRIPT, SERVE_SCRIPT = "slurm/train.slurm", "slurm/serve.slurm"
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence."""
+    """A parser that raises its errors."""
 
     def error(self, message: str) -> None:
         """Raise LaunchError instead of printing the usage."""
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(argv: list[str]) -> int:
-    """As `main`, with a user's mistake as an exception."""
+    """Like `main`, but raises LaunchError."""
     asked = parser().parse_args(argv)
     job = os.environ.get("SLURM_JOB_ID")
     seed = seed_of(asked.seed, os.environ)
@@ -86,7 +86,7 @@ def command(argv: list[str]) -> int:
 
 
 def seed_of(wanted: str | None, environ: Mapping[str, str]) -> int:
-    """The run's seed: in an array job the task's number, else the option's (of `0-4` the first); or LaunchError."""
+    """The seed: an array job's task number, else `--seed`, of `0-4` the first; raises LaunchError if it is no number."""
     task, inside = environ.get("SLURM_ARRAY_TASK_ID"), "SLURM_JOB_ID" in environ
     if task and (wanted or "").isdecimal():
         raise LaunchError(f"the seed of an array's job is its number, {task}: leave --seed {wanted} out")

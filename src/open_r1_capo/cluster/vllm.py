@@ -78,10 +78,9 @@ def gpu_memory() -> list[int]:
 
 
 def parallelism(memory: Sequence[int], weights: int, heads: int) -> tuple[int, int]:
-    """Spread a model over GPUs: as few as hold it for one copy, as many copies as fit.
+    """Tensor and data parallel size: each copy of a model on as few GPUs as hold it, as many copies as fit.
 
-    `memory` has bytes a GPU, `weights` is in bytes. Returns the tensor parallel size, which divides the number of
-    attention heads, and the data parallel size.
+    `memory` has bytes a GPU and `weights` is in bytes; the tensor parallel size divides the number of heads.
     """
     gpus = max(1, len(memory))
     sizes = [size for size in range(1, gpus + 1) if gpus % size == 0 and heads % size == 0]
@@ -118,10 +117,7 @@ def cpu_arguments(context: int | None) -> dict[str, Any]:
 def vllm_command(
     python: str, model: Path, port: int, memory: Sequence[int], max_length: int | None, **changes: Any
 ) -> list[str]:
-    """Write the command that serves a local model as `policy`, spread over GPUs of so many bytes each, or the CPU.
-
-    `max_length` is in tokens, None for the model's own; changes are other arguments of `serve_command`.
-    """
+    """The command that serves a local model as `policy`; `memory` has bytes a GPU (none: CPU), `max_length` is in tokens."""
     config = json.loads((model / "config.json").read_text())
     arguments = {"host": "127.0.0.1", "port": port, "served_model_name": "policy", "seed": 0}
     arguments |= {"override_generation_config": NEUTRAL, "max_model_len": max_length or None}
@@ -148,7 +144,7 @@ def vllm_environment(on_cpu: bool) -> dict[str, str]:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to end this process when its parent dies, even by SIGKILL (Linux only); for `preexec_fn`."""
+    """Let the kernel end this process when its parent dies, even by SIGKILL (Linux only); for `preexec_fn`."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
@@ -168,7 +164,7 @@ def tail(log: Path) -> str:
 
 
 def failure(log: Path, what: str) -> ServerError:
-    """Explain why the server "stopped with exit code 1": the first exception and the last lines of its log."""
+    """The error for a server that `what`, such as "stopped": its first exception and the last lines of its log."""
     text = log.read_text(errors="replace") if log.exists() else ""
     hint = ""
     if OUT_OF_MEMORY.search(text):
@@ -205,10 +201,7 @@ def _wait(process: subprocess.Popen, url: str, log: Path, startup: float) -> Non
 def serve(
     command: Sequence[str], url: str, log: Path, environment: Mapping[str, str] | None = None, startup: float = STARTUP
 ) -> Iterator[subprocess.Popen]:
-    """Run a server for the time of a `with` block; it is ready when `url` answers 200, within `startup` seconds.
-
-    Raises ServerError if it does not come up.
-    """
+    """Run a server during a `with` block; raises ServerError unless `url` answers 200 within `startup` seconds."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""How a command begins and ends: its numbers, exit codes, the signals that stop a run, and the error for the user."""
+"""What command lines share: exit codes, the signals that stop a run, errors for the user, and a check of numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # let the running optimizer step fin
 
 
 class UserError(Exception):
-    """Something that the user can put right. The message is one sentence: what is wrong, where, what to do."""
+    """An error that the user can fix. The message is one sentence: what is wrong, where, what to do."""
 
 
 def positive(text: str) -> int:

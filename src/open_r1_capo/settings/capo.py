@@ -80,10 +80,7 @@ COMMON = tuple(one.name for one in fields(CAPOConfig) if one.name not in ("rule"
 
 
 def capo_config(**values: Any) -> CAPOConfig:
-    """Build the settings from a recipe's flat group `capo`; settings of rules that are not chosen are left out.
-
-    Raises ConfigError with the key, its value and what it may be.
-    """
+    """Build the settings from a recipe's flat group `capo`, without those of rules that are not chosen."""
     mode, step_rule = _chosen(values)
     _one_of("mode", mode, (OFF, *RULES))
     _one_of("step_rule", step_rule, STEP_RULES)
@@ -107,7 +104,7 @@ def capo_keys() -> dict[str, Kinds]:
 
 
 def unread(key: str, values: dict[str, Any]) -> str | None:
-    """Return the setting under which nothing reads `key`, as `capo.mode=off`; None if something does.
+    """The setting that makes `key` unused, such as `capo.mode=off`; None if it is used.
 
     `key` and `values` are without the group's name.
     """

@@ -74,7 +74,7 @@ def _checked_override(item: str) -> str:
 
 
 def _names(settings: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Full names of what is set."""
+    """Full names of all settings, such as `capo.mode`."""
     for key, value in settings.items():
         name = prefix + key
         if isinstance(value, dict) and SETTINGS.get(name) == GROUP:
@@ -94,7 +94,7 @@ def _check_keys(settings: dict[str, Any]) -> None:
 
 
 def _unread(key: str, settings: dict[str, Any]) -> str | None:
-    """Return the setting under which nothing reads another, None if something does."""
+    """The setting that makes `key` unused, such as `use_vllm=false`; None if it is used."""
     groups = ("capo", "budget", "data", "evaluation")
     capo, budget, data, evaluation = ({} if not isinstance(settings.get(k), dict) else settings[k] for k in groups)
     group, _, name = key.rpartition(".")

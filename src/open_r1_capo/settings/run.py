@@ -195,7 +195,7 @@ def _check_policy(values: dict[str, Any]) -> None:
 
 
 def _check_trl(trl: dict[str, Any]) -> None:
-    """Refuse what TRL would accept and then fail at, or do otherwise than a user expects."""
+    """Refuse what TRL would accept and later fail at, or what would do something a user does not expect."""
     positive = ("num_generations", "max_steps", "save_steps", "num_iterations", "max_completion_length")
     at_least(1, **{name: trl[name] for name in positive})
     at_least(0, seed=trl["seed"], top_k=trl["top_k"])

@@ -154,9 +154,7 @@ LOCAL_COPY = "data.path=<file or folder of .jsonl or .parquet>"
 
 
 def hub_rows(name: str, config: str | None, split: str, local_copy: str = LOCAL_COPY) -> list[dict]:
-    """Load a data set `owner/name` from the hub or its local cache, one dict a row.
-
-    Messages tell the user to give a local copy as `local_copy` says.
+    """Load a data set from the hub or its local cache, one dict a row; `local_copy` tells users how to give a copy.
 
     Raises:
         DataError: If it does not exist, is gated, or the hub cannot be reached.

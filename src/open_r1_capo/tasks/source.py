@@ -91,7 +91,7 @@ class LabPolicy(PolicySource):
         return str(base_policy(settings=settings))
 
     def made(self, folder: Path) -> bool:
-        """By its manifest."""
+        """Whether the folder has the lab's manifest."""
         from open_r1_capo.tasks.lab.policy import MANIFEST
 
         return (folder / MANIFEST).is_file()

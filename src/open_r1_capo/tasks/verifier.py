@@ -90,7 +90,7 @@ _extract_gold = functools.lru_cache(maxsize=4096)(_extract)
 
 
 def _judge(gold: str, answer: str | None) -> bool | None:
-    """Compare in this process; None if the gold answer cannot be parsed, True if only that (no answer) is asked."""
+    """Compare in this process; None if the gold answer cannot be parsed. Without an answer, only that is asked."""
     from math_verify import verify
 
     golds = _extract_gold(gold)

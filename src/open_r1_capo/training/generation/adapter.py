@@ -31,10 +31,7 @@ CLOSE = {torch.float32: 0.02, torch.bfloat16: 0.1}  # nats: what rounding explai
 
 
 class CPUGeneration(VLLMGeneration):
-    """A backend as TRL's trainer sees it; weights are handed over in `folder`.
-
-    Raises GenerationError if the backend cannot be used.
-    """
+    """A backend as TRL's trainer sees it; weights are handed over in `folder`."""
 
     def __init__(self, trainer: Trainer, backend: Backend, folder: Path):
         self.trainer, self.backend, self.folder = trainer, backend, folder
@@ -115,7 +112,7 @@ class CPUGeneration(VLLMGeneration):
         return result
 
     def _next_seed(self) -> int:
-        """Of a step's first completion: the same whenever and wherever that step is taken."""
+        """The seed of a step's first completion, the same whenever and wherever that step is taken."""
         step = self.trainer.state.global_step
         self._drawn = (step, self._drawn[1] + 1 if self._drawn[0] == step else 0)
         return completion_seed(self.trainer.args.seed, *self._drawn)
@@ -156,7 +153,7 @@ def completion_seed(seed: int, step: int, call: int) -> int:
 
 @contextlib.contextmanager
 def _saving(trainer: Trainer) -> Iterator[None]:
-    """Within it, a failing backend ends the run at a checkpoint of the last complete step."""
+    """If the backend fails inside, save the last complete step before raising."""
     try:
         yield
     except GenerationError as error:
@@ -178,7 +175,7 @@ def save_step(trainer: Trainer) -> None:
 
 
 class _Closing(TrainerCallback):
-    """Gives the backend back when training ends, or failing that when the process does."""
+    """Closes the backend when training ends, or at the latest when the process exits."""
 
     def __init__(self, backend: Backend, folder: Path):
         self.backend, self.folder = backend, folder

@@ -75,7 +75,7 @@ class Backend(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give everything back; safe to call twice."""
+        """Free everything; safe to call twice."""
 
 
 def retry(
@@ -83,7 +83,7 @@ def retry(
     recover: Callable[[], None],
     sleep: Callable[[float], None] = time.sleep,
 ) -> Result:
-    """Call an action until it is available, at most once more than there are `WAITS`; `recover` before each new attempt."""
+    """Call an action until it is available, once more than there are `WAITS`; `recover` comes before each new attempt."""
     for number, wait in enumerate(WAITS):
         try:
             if number:

@@ -27,10 +27,7 @@ RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 
 
 class VLLMChild(Backend):
-    """One vLLM engine in a child process, started again if it dies.
-
-    `command` runs `worker.py`, and `engine` has the arguments of `vllm.LLM`, the model among them.
-    """
+    """One vLLM engine in a child process (`command` runs `worker.py`), started again if it dies."""
 
     def __init__(
         self, command: Sequence[str], engine: dict[str, Any], log: Path, sleep: Callable[[float], None] = time.sleep

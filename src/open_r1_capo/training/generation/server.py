@@ -38,10 +38,7 @@ class _NotFound(Unavailable):
 
 
 class VLLMServers(Backend):
-    """vLLM servers that somebody else started, all with `model` (a folder or hub id); they share the requests.
-
-    `start` waits `timeout` seconds for the last of them.
-    """
+    """vLLM servers that somebody else started with `model`; `start` waits `timeout` seconds for them."""
 
     shared = True
 
@@ -52,11 +49,7 @@ class VLLMServers(Backend):
         self.weights: Path | None = None
 
     def start(self) -> None:
-        """Wait for every server, and check what it serves.
-
-        Raises:
-            GenerationError: one is not there in time, or serves another model.
-        """
+        """Wait for every server; raises GenerationError if one is not there in time, or serves another model."""
         deadline = time.monotonic() + self.timeout
         for url in self.urls:
             while not answers(f"{url}/health"):
@@ -105,7 +98,7 @@ class VLLMServers(Backend):
             raise GenerationError(f"the vLLM server at {url} is gone ({error})") from None
 
     def _recover(self, url: str) -> None:
-        """A server that was started again holds the base weights: give it the step's before it is asked once more."""
+        """Give a server that was started again, and has the base weights, those of the step before it is asked again."""
         if not answers(f"{url}/health"):
             raise Unavailable("it does not answer")
         self.names[url] = self._name(url)
