@@ -117,7 +117,10 @@ def cpu_arguments(context: int | None) -> dict[str, Any]:
 def vllm_command(
     python: str, model: Path, port: int, memory: Sequence[int], max_length: int | None, **changes: Any
 ) -> list[str]:
-    """The command that serves a local model as `policy`; `memory` has bytes a GPU (none: CPU), `max_length` is in tokens."""
+    """The command that serves a local model as `policy`, on all GPUs or the CPU.
+
+    `memory` has bytes a GPU, none for the CPU; `max_length` is in tokens; changes are those of `serve_command`.
+    """
     config = json.loads((model / "config.json").read_text())
     arguments = {"host": "127.0.0.1", "port": port, "served_model_name": "policy", "seed": 0}
     arguments |= {"override_generation_config": NEUTRAL, "max_model_len": max_length or None}

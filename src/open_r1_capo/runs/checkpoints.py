@@ -35,7 +35,7 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 
 def seal(folder: Path, processes: int = 1) -> None:
-    """Mark a checkpoint folder that so many processes have written as complete; the seal is written last, atomically."""
+    """Mark a checkpoint folder, written by so many processes, as complete; the seal is written last, atomically."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
     listing = {str(path.relative_to(folder)): _fingerprint(path) for path in files}
     part = folder / (SEAL + ".part")

@@ -98,7 +98,7 @@ class VLLMServers(Backend):
             raise GenerationError(f"the vLLM server at {url} is gone ({error})") from None
 
     def _recover(self, url: str) -> None:
-        """Give a server that was started again, and has the base weights, those of the step before it is asked again."""
+        """Give a server the step's weights before it is asked again: if it was restarted, it has the base weights."""
         if not answers(f"{url}/health"):
             raise Unavailable("it does not answer")
         self.names[url] = self._name(url)
