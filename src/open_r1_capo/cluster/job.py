@@ -87,7 +87,7 @@ def log_of(name: str, job: int) -> Path:
 
 
 def _wait(running: Mapping[str, subprocess.Popen], signals: list[int], job: int) -> int:
-    """Wait for the trainer, and forward signals until it stops."""
+    """Wait for the trainer, and forward signals, again and again, until it stops."""
     trainer = running["trainer"]
     sent, server_ended = 0.0, None
     while trainer.poll() is None:

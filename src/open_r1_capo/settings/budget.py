@@ -15,7 +15,8 @@ SCHEDULES = ("constant", "linear", "cosine2")
 class BudgetConfig:
     """How long a step may be."""
 
-    rule: str = "none"  # one of `RULES`
+    # `target`: no learning rate, each step fills its budget; `verify`: the scheduled rate, pulled back to the budget
+    rule: str = "none"
     nats: float | None = None  # mean KL(π_old ‖ π_new) a token of a step
     # κ, instead of nats: the budget is κ times the policy's entropy at the step's tokens
     entropy_share: float | None = None

@@ -36,7 +36,7 @@ class CAPOConfig:
     # share of each micro-batch's sequences on which the update's true KL is measured; 0 is off
     measure_kl: float = 1.0
     skip_gradient_norm: float = math.inf  # κ, see `NormGuard`
-    rule: TokenRule = field(default_factory=TokenRule)  # with its own settings
+    rule: TokenRule = field(default_factory=TokenRule)  # the token rule with its own settings
     step: StepRule = field(default_factory=StepRule)  # the step rule with its own settings; `step_rule` names it
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {

@@ -65,8 +65,8 @@ class RunConfig:
     scale: str
     model_name_or_path: str  # a local folder or hub id; `lab` trains the lab's policy first
     completions_per_step: int  # over all ranks; sets TRL's gradient accumulation
-    advantage_baseline: str = "group"  # `none` is REINFORCE on the reward itself
-    reward_funcs: list[str] = field(default_factory=lambda: ["accuracy"])  # of `tasks.rewards`
+    advantage_baseline: str = "group"  # `group` subtracts the group's mean reward; `none` is REINFORCE on the reward
+    reward_funcs: list[str] = field(default_factory=lambda: ["accuracy"])  # names in `tasks.rewards`
     system_prompt: str | None = None  # null is the default of `tasks.data`; an empty string sends none
     num_threads: int | None = None  # CPU threads of torch; null leaves torch's choice
     needs_gpu: bool = False  # refuse to start without a CUDA device

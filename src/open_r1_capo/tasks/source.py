@@ -24,7 +24,7 @@ class PolicySource(ABC):
     """Gives the policy that training starts from."""
 
     group: ClassVar[str | None] = None  # the recipe's settings that shape the policy, a field of `RunConfig`
-    suite: ClassVar[str] = "open"  # the default of `evaluation.suite`
+    suite: ClassVar[str] = "open"  # of `evaluation/suite.py`, measured by default
     system_prompt: ClassVar[str | None] = None  # where a run's settings do not say; None: that of `tasks.data`
 
     @abstractmethod

@@ -135,7 +135,7 @@ def no_filler(rng: random.Random) -> str:
 
 
 def zipf_filler(mean: float, size: int, exponent: float) -> Filler:
-    """Draw on average `mean` words a call, the r-th most frequent of `size` with a frequency ∝ r^-exponent."""
+    """Make a filler of on average `mean` words, the r-th most frequent of `size` with a frequency ∝ r^-exponent."""
     if mean == 0:
         return no_filler
     words, weights = _zipf(size, exponent)

@@ -83,7 +83,7 @@ def retry(
     recover: Callable[[], None],
     sleep: Callable[[float], None] = time.sleep,
 ) -> Result:
-    """Call an action until it is available, once more than there are `WAITS`, with `recover` before each new attempt."""
+    """Call an action until it is available, at most `len(WAITS) + 1` times, with `recover` before each new attempt."""
     for number, wait in enumerate(WAITS):
         try:
             if number:
