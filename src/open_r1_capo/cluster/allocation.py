@@ -126,7 +126,7 @@ def needs_server(settings: Mapping[str, Any]) -> bool:
 def server_steps(
     options: LaunchOptions, allocation: Allocation, settings: Mapping[str, Any], share: Share
 ) -> list[SrunStep]:
-    """One vLLM server behind one URL, a step for each node, the answering one first; raises LaunchError if it can't fit."""
+    """The steps of one vLLM server behind one URL, a node each; raises LaunchError if its copies don't fill the GPUs."""
     nodes, gpus = share.nodes, share.gpus
     copies, rest = divmod(len(nodes) * gpus, options.tp)
     if nodes and (gpus % options.tp or rest or options.dp not in (None, copies)):

@@ -86,7 +86,7 @@ def command(argv: list[str]) -> int:
 
 
 def seed_of(wanted: str | None, environ: Mapping[str, str]) -> int:
-    """The run's seed: an array job's task number, else `--seed` (the first of `0-4`); raises LaunchError for other text."""
+    """The run's seed: an array job's task number, else `--seed` (the first of `0-4`); LaunchError for other text."""
     task, inside = environ.get("SLURM_ARRAY_TASK_ID"), "SLURM_JOB_ID" in environ
     if task and (wanted or "").isdecimal():
         raise LaunchError(f"the seed of an array's job is its number, {task}: leave --seed {wanted} out")
