@@ -126,7 +126,11 @@ def needs_server(settings: Mapping[str, Any]) -> bool:
 def server_steps(
     options: LaunchOptions, allocation: Allocation, settings: Mapping[str, Any], share: Share
 ) -> list[SrunStep]:
-    """The steps of one vLLM server behind one URL, a node each; raises LaunchError if its copies don't fill the GPUs."""
+    """The steps of one vLLM server behind one URL, one a node, the one that answers requests first.
+
+    Raises:
+        LaunchError: the model's copies do not fill the GPUs.
+    """
     nodes, gpus = share.nodes, share.gpus
     copies, rest = divmod(len(nodes) * gpus, options.tp)
     if nodes and (gpus % options.tp or rest or options.dp not in (None, copies)):
