@@ -74,7 +74,7 @@ def test_without_its_filler_a_text_is_one_of_the_lab():
     rng, words = random.Random(0), set(FILLED.filler_tokens)
     worked = task.worked_solution((3, 5, 7), rng, filler=FILLED.filler)
     found, left = split_words(worked, words)
-    assert left == task.worked_solution((3, 5, 7)).replace(" ", "")
+    assert left == task.worked_solution((3, 5, 7), rng).replace(" ", "")
     assert len(found) == 3 * 5
     assert worked.startswith(tuple(words))
     for text in (task.direct_answer((3, 5), rng, 1.0, FILLED.filler), task.ramble(rng, FILLED.filler)):

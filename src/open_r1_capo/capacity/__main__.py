@@ -1,4 +1,4 @@
-"""What a recipe needs of GPUs that nobody has to have: memory, disk, and what would fit where it does not.
+"""Estimate the GPU memory and disk that a recipe needs, and what would fit if it does not; no GPU is used.
 
     make plan RECIPE=capo_aggressive SCALE=qwen2.5-math-7b GPUS=4 GPU=h100
 
@@ -15,7 +15,7 @@ from open_r1_capo.capacity.devices import MEMORY, find_device
 from open_r1_capo.capacity.fit import estimate
 from open_r1_capo.capacity.table import as_data, as_text
 from open_r1_capo.capacity.workload import ACCELERATORS, Machines, read
-from open_r1_capo.runs.exit import run_cli
+from open_r1_capo.runs.exit import positive, run_cli
 from open_r1_capo.settings.recipes import compose_recipe
 
 
@@ -41,23 +41,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="make plan", description=__doc__.split("\n\n")[0])
     parser.add_argument("--recipe", default="capo_aggressive")
     parser.add_argument("--scale", default="qwen2.5-math-7b")
-    parser.add_argument("--gpus", type=_count, help="of each node; 4, or one process on the CPU")
-    parser.add_argument("--nodes", type=_count, default=1)
+    parser.add_argument("--gpus", type=positive, help="of each node; 4, or one process on the CPU")
+    parser.add_argument("--nodes", type=positive, default=1)
     parser.add_argument("--gpu", help=f"{', '.join(MEMORY)}, or cpu; h100, or cpu where the recipe runs on it")
     parser.add_argument("--accelerator", default="zero2", help=", ".join(ACCELERATORS))
     parser.add_argument("--generation", help="transformers, vllm_colocate, vllm_server; by default the recipe's")
-    parser.add_argument("--server-gpus", type=_count, help="that only generate, with vllm_server")
-    parser.add_argument("--seeds", type=_count, default=5, help="whose checkpoints the disk holds")
+    parser.add_argument("--server-gpus", type=positive, help="that only generate, with vllm_server")
+    parser.add_argument("--seeds", type=positive, default=5, help="whose checkpoints the disk holds")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe")
     return parser
-
-
-def _count(text: str) -> int:
-    """A whole number above 0, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,10 @@ CONTEXT_BYTES = 2 * GIB  # CUDA's and NCCL's own, and vLLM's graphs (assumed)
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, or the host.
+    """A GPU, or the host."""
 
-    Attributes:
-        name: as given to `GPU=`.
-        memory: bytes that a program can see.
-    """
-
-    name: str
-    memory: float
+    name: str  # as given to `GPU=`
+    memory: float  # bytes that a program can see
 
     @property
     def is_cpu(self) -> bool:
@@ -35,21 +30,12 @@ class Device:
         return self.memory * (1 - RESERVE)
 
 
-MEMORY = {
-    "h100": 81559,
-    "h200": 143771,
-    "a100-80": 81920,
-    "a100-40": 40960,
-    "l40s": 46068,
-}  # MiB that nvidia-smi shows
+# MiB that nvidia-smi shows
+MEMORY = {"h100": 81559, "h200": 143771, "a100-80": 81920, "a100-40": 40960, "l40s": 46068}
 
 
 def find_device(name: str) -> Device:
-    """Look up a GPU by name; `cpu` is this machine.
-
-    Raises:
-        CapacityError: an unknown name.
-    """
+    """Look up a GPU by name; `cpu` is this machine. Raises CapacityError for an unknown name."""
     if name == "cpu":
         return Device("cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if name not in MEMORY:

@@ -13,23 +13,14 @@ from open_r1_capo.capacity.workload import Workload
 
 @dataclass(frozen=True)
 class Estimate:
-    """The memory of a workload on a device.
-
-    Attributes:
-        workload: what runs.
-        device: every GPU.
-        items: of a training GPU's memory.
-        fits: every phase does, and a vLLM engine holds its weights and a sequence.
-        largest: the largest micro-batch that fits, None if none does.
-        remedies: what would fit instead, a phrase each; empty if the workload fits.
-    """
+    """The memory of a workload on a device."""
 
     workload: Workload
     device: Device
-    items: list[MemoryItem]
-    fits: bool
-    largest: int | None
-    remedies: list[str]
+    items: list[MemoryItem]  # the memory of a training GPU
+    fits: bool  # every phase does, and a vLLM engine holds its weights and a sequence
+    largest: int | None  # the largest micro-batch that fits; None if none does
+    remedies: list[str]  # what would fit instead, a phrase each; empty if the workload fits
 
     @property
     def peak(self) -> tuple[str, float]:
@@ -65,8 +56,7 @@ def largest_that_fits(workload: Workload, device: Device) -> int | None:
 def alternatives(workload: Workload, device: Device) -> Iterator[str]:
     """Changes that would make a workload fit, the smallest first; each has been checked to fit.
 
-    Yields:
-        Words for `make plan` and `make train`, such as `ARGS="per_device_train_batch_size=12"`.
+    They are words for `make plan` and `make train`, such as `ARGS="per_device_train_batch_size=12"`.
     """
     helpful: list[set[str]] = []
     for changes, words, other in sorted(_candidates(workload), key=lambda candidate: len(candidate[0])):

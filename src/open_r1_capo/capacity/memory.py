@@ -23,19 +23,12 @@ PHASES = ("generation", "training", "update")
 
 @dataclass(frozen=True)
 class MemoryItem:
-    """Some memory of a GPU.
-
-    Attributes:
-        name: for the table.
-        size: bytes.
-        phases: when it is there; all of `PHASES` if it stays.
-        note: how it comes about.
-    """
+    """Some memory of a GPU."""
 
     name: str
-    size: float
-    phases: tuple[str, ...] = PHASES
-    note: str = ""
+    size: float  # bytes
+    phases: tuple[str, ...] = PHASES  # when it is there
+    note: str = ""  # how it comes about
 
 
 def states(parameters: int, accelerator: str, ranks: int, element: int) -> tuple[float, float, float]:

@@ -14,33 +14,19 @@ from open_r1_capo.tasks.source import policy_source
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder of the Llama family: RMS norms, grouped attention, a gated feed-forward layer.
-
-    Attributes:
-        name: for the table.
-        layers: L.
-        hidden: D, the width of the residual stream.
-        intermediate: I, the width inside the feed-forward layer.
-        heads: query heads.
-        kv_heads: key and value heads.
-        head_dim: width of a head.
-        vocabulary: V, rows of the LM head.
-        tied: the LM head is the embedding.
-        qkv_bias: query, key and value have biases (Qwen2).
-        qk_norm: query and key are normalised (Qwen3).
-    """
+    """A decoder of the Llama family: RMS norms, grouped attention, a gated feed-forward layer."""
 
     name: str
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
+    layers: int  # L
+    hidden: int  # D, the width of the residual stream
+    intermediate: int  # I, the width inside the feed-forward layer
+    heads: int  # of the queries
     kv_heads: int
     head_dim: int
-    vocabulary: int
-    tied: bool = False
-    qkv_bias: bool = True
-    qk_norm: bool = False
+    vocabulary: int  # V, rows of the LM head
+    tied: bool = False  # the LM head is the embedding
+    qkv_bias: bool = True  # query, key and value have biases (Qwen2)
+    qk_norm: bool = False  # query and key are normalised (Qwen3)
 
     @property
     def queries(self) -> int:
@@ -99,18 +85,10 @@ FAMILY = {  # model_type: (biases of q, k and v; norms of q and k; a tied head w
 
 
 def find_shape(model: str, settings: Any = None) -> ModelShape:
-    """The shape of a policy, by its config or by its name.
-
-    Args:
-        model: `model_name_or_path`.
-        settings: the recipe's settings of that policy, see `tasks.source.PolicySource.config`.
-
-    Returns:
-        The shape.
+    """The shape of a policy, by its config or by its name; settings as for `tasks.source.PolicySource.config`.
 
     Raises:
-        CapacityError: a folder without a usable config.json, an architecture that the formulas do not describe, or an
-            unknown name.
+        CapacityError: no usable config.json, an architecture that the formulas do not describe, or an unknown name.
     """
     name = Path(model).name
     try:

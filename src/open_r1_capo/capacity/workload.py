@@ -17,55 +17,30 @@ ROWS_SEEN = (2048, 5000)  # tokens and their distinct support ids in the benchma
 
 @dataclass(frozen=True)
 class Workload:
-    """One recipe on so many GPUs.
+    """One recipe on so many GPUs."""
 
-    Attributes:
-        title: recipe and scale.
-        shape: of the policy.
-        nodes: machines.
-        ranks: processes that train, one a GPU.
-        servers: GPUs that only generate.
-        micro_batch: sequences of one forward pass of a rank.
-        accumulation: forward passes of an optimizer step.
-        prompt_limit: longest prompt, in tokens.
-        completion_limit: longest completion, in tokens.
-        checkpointing: activations are computed again in the backward pass.
-        accelerator: zero2, zero3, ddp or fsdp.
-        generation: transformers, vllm_colocate or vllm_server.
-        tensor_parallel: GPUs that a vLLM engine spans.
-        engine_share: of a GPU's memory, for a vLLM engine beside the trainer.
-        sleeps: that engine leaves the memory while the policy trains.
-        element: bytes of a weight in the forward pass: 2 in bfloat16, 4 in float32.
-        rollouts: sequences of a rank that are generated at once.
-        capo: CAPO judges tokens (any mode but off).
-        adam: its optimizer model is Adam, which has moments.
-        support: K, ids of a token's support.
-        steps: optimizer steps of a run.
-        save_every: of them, between two checkpoints.
-    """
-
-    title: str
+    title: str  # recipe and scale
     shape: ModelShape
     nodes: int
-    ranks: int
-    servers: int
-    micro_batch: int
-    accumulation: int
-    prompt_limit: int
-    completion_limit: int
-    checkpointing: bool
-    accelerator: str
-    generation: str
-    tensor_parallel: int
-    engine_share: float
-    sleeps: bool
-    element: int
-    rollouts: int
-    capo: bool
-    adam: bool
-    support: int
-    steps: int
-    save_every: int
+    ranks: int  # processes that train, one a GPU
+    servers: int  # GPUs that only generate
+    micro_batch: int  # sequences of one forward pass of a rank
+    accumulation: int  # forward passes of an optimizer step
+    prompt_limit: int  # tokens
+    completion_limit: int  # tokens
+    checkpointing: bool  # activations are computed again in the backward pass
+    accelerator: str  # one of `ACCELERATORS`
+    generation: str  # transformers, vllm_colocate or vllm_server
+    tensor_parallel: int  # GPUs that a vLLM engine spans
+    engine_share: float  # of a GPU's memory, for a vLLM engine beside the trainer
+    sleeps: bool  # that engine leaves the memory while the policy trains
+    element: int  # bytes of a weight in the forward pass: 2 in bfloat16, 4 in float32
+    rollouts: int  # sequences that a rank generates at once
+    capo: bool  # CAPO judges tokens (any mode but off)
+    adam: bool  # CAPO's optimizer model has moments
+    support: int  # K, ids of a token's support
+    steps: int  # optimizer steps of a run
+    save_every: int  # steps between two checkpoints
 
     @property
     def sequences(self) -> int:
@@ -91,7 +66,7 @@ class Workload:
     def rows(self) -> int:
         """Distinct vocabulary rows that one step's supports touch, estimated: they grow as the root of the tokens.
 
-        Heaps' law with exponent ½, through the benchmark's 5000 rows of 2048 tokens; at most V.
+        Heaps' law with exponent ½, through the 5000 rows of 2048 tokens in the benchmark; at most V.
         """
         tokens, rows = ROWS_SEEN
         return min(self.shape.vocabulary, round(rows * (self.completions * self.completion_limit / tokens) ** 0.5))
@@ -109,29 +84,20 @@ class Workload:
 
 @dataclass(frozen=True)
 class Machines:
-    """The GPUs that are asked for.
+    """The GPUs that are asked for."""
 
-    Attributes:
-        gpus: of each node.
-        nodes: machines.
-        accelerator: of `ACCELERATORS`; with one GPU or on the CPU nothing is sharded.
-        server_gpus: that only generate, under vllm_server; None is one, or the last node of several.
-        cpu: the trainer runs on the CPU.
-    """
-
-    gpus: int = 4
+    gpus: int = 4  # of each node
     nodes: int = 1
-    accelerator: str = "zero2"
-    server_gpus: int | None = None
-    cpu: bool = False
+    accelerator: str = "zero2"  # of `ACCELERATORS`; with one GPU or on the CPU nothing is sharded
+    server_gpus: int | None = None  # that only generate, under vllm_server; None is one, or the last node of several
+    cpu: bool = False  # the trainer runs on the CPU
 
 
 def read(settings: dict[str, Any], machines: Machines) -> Workload:
-    """Read off a composed recipe what it asks for.
+    """Turn a composed recipe into the numbers that the formulas need.
 
     Raises:
         CapacityError: a model of unknown shape, or machines that cannot be used.
-        ConfigError: as training the recipe would, the batch that cannot be split over the GPUs included.
     """
     if machines.accelerator not in ACCELERATORS:
         raise CapacityError(f"ACCELERATOR must be one of {', '.join(ACCELERATORS)}, got {machines.accelerator!r}")
@@ -181,11 +147,7 @@ def _check_micro_batch(settings: dict[str, Any], ranks: int) -> None:
 
 
 def _split_gpus(machines: Machines, generation: str) -> tuple[int, int]:
-    """Numbers of training and of serving GPUs.
-
-    Raises:
-        CapacityError: none of one kind would be left.
-    """
+    """Numbers of training and of serving GPUs; raises CapacityError if none would be left to train."""
     total = machines.gpus * machines.nodes
     if generation != "vllm_server":
         return total, 0

@@ -43,46 +43,33 @@ class LaunchOptions:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The nodes of a job.
+    """The nodes of a job."""
 
-    Attributes:
-        nodes: host names, in Slurm's order.
-        addresses: their IP addresses, in the same order.
-        gpus: on each node.
-        cpus: of each node; None leaves them to Slurm.
-        port: the first of `PORTS` free ones.
-    """
-
-    nodes: tuple[str, ...]
-    addresses: tuple[str, ...]
-    gpus: int
-    cpus: int | None = None
-    port: int = 20000
+    nodes: tuple[str, ...]  # host names, in Slurm's order
+    addresses: tuple[str, ...]  # their IP addresses, in the same order
+    gpus: int  # on each node
+    cpus: int | None = None  # of each node; None leaves them to Slurm
+    port: int = 20000  # the first of `PORTS` free ones
 
     def address(self, node: str) -> str:
-        """Where a node is reached."""
+        """A node's IP address."""
         return self.addresses[self.nodes.index(node)]
 
     def cpus_beside(self, gpus: int) -> int | None:
-        """The share of a node's CPUs that goes with so many of its GPUs."""
+        """The share of a node's CPUs that goes with this many of its GPUs."""
         return self.cpus and (self.cpus * gpus // self.gpus if self.gpus else self.cpus)
 
 
 @dataclass(frozen=True)
 class Share:
-    """Some nodes of an allocation, and so many GPUs on each of them."""
+    """Some nodes of an allocation, and a number of GPUs on each of them."""
 
     nodes: tuple[str, ...] = ()
     gpus: int = 0
 
 
 def resolve(options: LaunchOptions, allocation: Allocation, seed: int) -> list[SrunStep]:
-    """Turn options into the steps of a job: the server's, one a node, and then the trainer's.
-
-    Raises:
-        LaunchError: the options contradict each other, or do not fit the nodes.
-        ConfigError: the recipe or an override is not accepted, or the batch cannot be shared.
-    """
+    """The steps of a job, the server's and then the trainer's; raises LaunchError if the options do not fit."""
     overrides = [f"scale={options.scale}", f"seed={seed}"]
     overrides += [f"generation={options.generation}"] if options.generation else []
     try:
@@ -105,11 +92,7 @@ def resolve(options: LaunchOptions, allocation: Allocation, seed: int) -> list[S
 
 
 def divide(options: LaunchOptions, allocation: Allocation, settings: Mapping[str, Any]) -> tuple[Share, Share]:
-    """The shares of the trainer and of the server, either of which may be empty.
-
-    Raises:
-        LaunchError: there is nothing left for one of them, or no server is wanted.
-    """
+    """The trainer's and the server's shares, of which one may be empty; raises LaunchError if none is left for one."""
     nodes, gpus = allocation.nodes, allocation.gpus
     if options.serve:
         return Share(), Share(nodes, gpus)
@@ -190,18 +173,9 @@ def _longest(settings: Mapping[str, Any]) -> int | None:
 
 
 def trainer_step(
-    options: LaunchOptions,
-    allocation: Allocation,
-    settings: Mapping[str, Any],
-    share: Share,
-    overrides: Sequence[str],
+    options: LaunchOptions, allocation: Allocation, settings: Mapping[str, Any], share: Share, overrides: Sequence[str]
 ) -> SrunStep:
-    """The trainer's step: `accelerate launch` on each of its nodes, one process a GPU.
-
-    Raises:
-        LaunchError: there is no GPU.
-        ConfigError: the processes cannot share the batch.
-    """
+    """The trainer's step: `accelerate launch` on each of its nodes, one process a GPU; LaunchError without GPUs."""
     plain = bool(settings.get("use_cpu")) and not options.accelerator
     if not plain and share.gpus < 1:
         raise LaunchError("the job has no GPUs: give sbatch --gres=gpu:<number>")

@@ -22,23 +22,14 @@ GRACE = 120.0  # seconds in which a trainer whose server has gone may end by its
 
 @dataclass(frozen=True)
 class SrunStep:
-    """One srun of a job.
+    """One srun of a job."""
 
-    Attributes:
-        name: `trainer`, `server`, or `server2` and on for the other nodes of a server.
-        nodes: it runs on, one task each.
-        gpus: on each node; 0 for the CPU.
-        cpus: on each node; None leaves them to Slurm.
-        command: what each task runs.
-        environment: variables beside the job's.
-    """
-
-    name: str
-    nodes: tuple[str, ...]
-    gpus: int
-    cpus: int | None
-    command: tuple[str, ...]
-    environment: Mapping[str, str] = field(default_factory=dict)
+    name: str  # `trainer`, `server`, or `server2` and on for a server's other nodes
+    nodes: tuple[str, ...]  # one task each
+    gpus: int  # on each node; 0 for the CPU
+    cpus: int | None  # on each node; None leaves them to Slurm
+    command: tuple[str, ...]  # of each task
+    environment: Mapping[str, str] = field(default_factory=dict)  # variables beside the job's
 
     def srun(self) -> list[str]:
         """The command that starts it."""
@@ -58,11 +49,7 @@ class SrunStep:
 
 
 def run_job(steps: Sequence[SrunStep], job: int) -> int:
-    """Run a job's steps until the trainer ends, or without one until a server does.
-
-    Args:
-        steps: servers and at most one trainer.
-        job: Slurm's number of it.
+    """Run servers and at most one trainer until the trainer ends, or without one until a server does.
 
     Returns:
         The exit code of the trainer; 1 if a server ended before it.
@@ -84,7 +71,7 @@ def run_job(steps: Sequence[SrunStep], job: int) -> int:
 
 
 def start(step: SrunStep, job: int | None) -> subprocess.Popen:
-    """Start a step; with the number of a job its output goes into a log of its own, otherwise into the job's."""
+    """Start a step; with a job's number its output goes into a log of its own, otherwise into the job's."""
     print(step.line(), flush=True)
     log = None
     if job is not None:
@@ -100,7 +87,7 @@ def log_of(name: str, job: int) -> Path:
 
 
 def _wait(running: Mapping[str, subprocess.Popen], signals: list[int], job: int) -> int:
-    """Wait for the trainer, and pass on every signal until it is heeded."""
+    """Wait for the trainer, and forward signals, again and again, until it stops."""
     trainer = running["trainer"]
     sent, server_ended = 0.0, None
     while trainer.poll() is None:
@@ -125,7 +112,7 @@ def _wait(running: Mapping[str, subprocess.Popen], signals: list[int], job: int)
 
 
 def _serve(running: Mapping[str, subprocess.Popen], signals: list[int]) -> int:
-    """Wait until a server ends or is told to."""
+    """Wait until a server ends or a signal arrives."""
     while not signals:
         if any(process.poll() is not None for process in running.values()):
             return 1
@@ -134,11 +121,7 @@ def _serve(running: Mapping[str, subprocess.Popen], signals: list[int]) -> int:
 
 
 def requeue(job: int, code: int) -> int:
-    """Put a job that was stopped at a checkpoint back into the queue, unless somebody cancels it.
-
-    Returns:
-        `code`; Slurm ends this process when the job is requeued.
-    """
+    """Requeue a job that stopped at a checkpoint, unless it is being cancelled; Slurm then ends this process."""
     state = subprocess.run(["squeue", "-h", "-j", str(job), "-o", "%T"], capture_output=True, text=True).stdout.split()
     if state != ["RUNNING"]:
         print(f"job {job} is {' '.join(state).lower() or 'gone'}: not requeued, submit it again", file=sys.stderr)

@@ -21,7 +21,7 @@ from dataclasses import fields
 
 from open_r1_capo.cluster.allocation import PORTS, Allocation, LaunchError, LaunchOptions, resolve
 from open_r1_capo.cluster.job import LOGS, run_job
-from open_r1_capo.runs.exit import run_cli
+from open_r1_capo.runs.exit import positive, run_cli
 from open_r1_capo.settings.recipes import RECIPES, known_recipes
 
 ACCELERATORS = tuple(sorted(path.stem for path in (RECIPES / "accelerate_configs").glob("*.yaml")))
@@ -31,7 +31,7 @@ TRAIN_SCRIPT, SERVE_SCRIPT = "slurm/train.slurm", "slurm/serve.slurm"
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence."""
+    """A parser that raises its errors."""
 
     def error(self, message: str) -> None:
         """Raise LaunchError instead of printing the usage."""
@@ -46,13 +46,13 @@ def parser() -> Parser:
     one.add_argument("--seed", default=None, help="a number; or, to submit an array of jobs, such as 0-4 (default 0)")
     one.add_argument("--accelerator", choices=ACCELERATORS, help="by default zero2; on CPUs one plain process")
     one.add_argument("--generation", choices=GENERATIONS, help="by default the scale's")
-    one.add_argument("--nodes", type=_positive, help="by default the job's; 1 when submitting")
-    one.add_argument("--gpus-per-node", type=_positive, help=f"by default the job's; {GPUS_PER_NODE} when submitting")
+    one.add_argument("--nodes", type=positive, help="by default the job's; 1 when submitting")
+    one.add_argument("--gpus-per-node", type=positive, help=f"by default the job's; {GPUS_PER_NODE} when submitting")
     servers = one.add_mutually_exclusive_group()
-    servers.add_argument("--server-gpus", type=_positive, help="GPUs of a single node that serve (default 1)")
-    servers.add_argument("--server-nodes", type=_positive, help="nodes, the last ones, that serve (default 1)")
-    one.add_argument("--tp", type=_positive, default=1, help="GPUs that hold one copy of the served model (default 1)")
-    one.add_argument("--dp", type=_positive, help="copies of it; by default as many as fit the server's GPUs")
+    servers.add_argument("--server-gpus", type=positive, help="GPUs of a single node that serve (default 1)")
+    servers.add_argument("--server-nodes", type=positive, help="nodes, the last ones, that serve (default 1)")
+    one.add_argument("--tp", type=positive, default=1, help="GPUs that hold one copy of the served model (default 1)")
+    one.add_argument("--dp", type=positive, help="copies of it; by default as many as fit the server's GPUs")
     one.add_argument("--args", default="", metavar='"KEY=VALUE …"', help="overrides of the recipe")
     one.add_argument("--serve", action="store_true", help="run the server alone, on all of the job's GPUs")
     one.add_argument(
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(argv: list[str]) -> int:
-    """As `main`, with a user's mistake as an exception."""
+    """Like `main`, but raises LaunchError."""
     asked = parser().parse_args(argv)
     job = os.environ.get("SLURM_JOB_ID")
     seed = seed_of(asked.seed, os.environ)
@@ -86,15 +86,7 @@ def command(argv: list[str]) -> int:
 
 
 def seed_of(wanted: str | None, environ: Mapping[str, str]) -> int:
-    """The run's seed: the option's, or in an array job the task's number.
-
-    Args:
-        wanted: a number, or an array such as `0-4` whose first seed counts until it is submitted.
-        environ: of the process.
-
-    Raises:
-        LaunchError: it is no number.
-    """
+    """The run's seed: an array job's task number, else `--seed` (the first of `0-4`); LaunchError for other text."""
     task, inside = environ.get("SLURM_ARRAY_TASK_ID"), "SLURM_JOB_ID" in environ
     if task and (wanted or "").isdecimal():
         raise LaunchError(f"the seed of an array's job is its number, {task}: leave --seed {wanted} out")
@@ -107,11 +99,7 @@ def seed_of(wanted: str | None, environ: Mapping[str, str]) -> int:
 
 
 def slurm_allocation(asked: argparse.Namespace, environ: Mapping[str, str]) -> Allocation:
-    """The running job's nodes and GPUs, as many as the options ask for, by default all.
-
-    Raises:
-        LaunchError: the job has fewer.
-    """
+    """The running job's nodes and GPUs, as many as asked for, by default all; LaunchError if it has fewer."""
     listed = subprocess.check_output(["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]], text=True)
     nodes, gpus = listed.split(), int(environ.get("SLURM_GPUS_ON_NODE") or 0)
     for what, wanted, there in (("nodes", asked.nodes, len(nodes)), ("gpus-per-node", asked.gpus_per_node, gpus)):
@@ -131,11 +119,7 @@ def assumed_allocation(asked: argparse.Namespace) -> Allocation:
 
 
 def address(node: str) -> str:
-    """A node's IP address, or where it cannot be looked up the name in Slurm's configuration.
-
-    Args:
-        node: its name in Slurm, which need not be that of a host.
-    """
+    """A node's IP address, or its name in Slurm's configuration where that cannot be looked up."""
     told = subprocess.run(["scontrol", "--oneliner", "show", "node", node], capture_output=True, text=True).stdout
     match = re.search(r"\bNodeAddr=(\S+)", told)
     name = match[1] if match else node
@@ -146,11 +130,7 @@ def address(node: str) -> str:
 
 
 def free_ports(first: int) -> int:
-    """The first of `PORTS` ports in a row, from `first` on, that are free on this machine.
-
-    Raises:
-        LaunchError: there are none within a thousand.
-    """
+    """The first of `PORTS` free ports in a row of this machine, from `first` on; LaunchError if there are none."""
     for start in range(first, first + 1000, PORTS):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for port in range(start, start + PORTS):
@@ -160,13 +140,7 @@ def free_ports(first: int) -> int:
 
 
 def submission(asked: argparse.Namespace, argv: Sequence[str], gpus: int) -> list[str]:
-    """The sbatch command of a job with these options; partition and account come from slurm/site.sh.
-
-    Args:
-        asked: the options.
-        argv: the same as text.
-        gpus: of each node; 0 for none.
-    """
+    """The sbatch command with so many GPUs a node; partition and account come from slurm/site.sh."""
     words = ["sbatch", f"--nodes={asked.nodes or 1}", f"--gres=gpu:{gpus}" if gpus else "--gres=none"]
     words += ["--job-name", f"{asked.recipe}-{asked.scale}"]
     words += [f"--array={asked.seed}"] if asked.seed and not asked.seed.isdecimal() else []
@@ -180,12 +154,6 @@ def _submit(command: Sequence[str]) -> int:
         raise LaunchError("there is no sbatch on this machine: make train runs here, --dry-run prints the commands")
     LOGS.mkdir(parents=True, exist_ok=True)  # Slurm drops a job whose log it cannot write
     return subprocess.run(command, check=False).returncode
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

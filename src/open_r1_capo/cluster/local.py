@@ -12,23 +12,13 @@ from open_r1_capo.cluster.vllm import gpu_memory
 from open_r1_capo.settings.recipes import RECIPES, compose_recipe
 
 GRPO = Path(__file__).resolve().parents[1] / "grpo.py"
-LAUNCHED = (
-    "WORLD_SIZE",
-    "ACCELERATE_MIXED_PRECISION",
-)  # either tells that torchrun or accelerate started this process
+LAUNCHED = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")  # set by torchrun and accelerate
 
 
 def local_command(recipe: str, overrides: Sequence[str], settings: Mapping[str, Any], gpus: int) -> list[str] | None:
     """The command that trains with one process a GPU, under ZeRO-2, which keeps float32 weights for Adam.
 
-    Args:
-        recipe: its name.
-        overrides: of it.
-        settings: the composed recipe.
-        gpus: of this machine.
-
-    Returns:
-        The command; None where training belongs into this process: the recipe runs on the CPU, or there is no GPU.
+    It is None where training belongs into this process: the recipe runs on the CPU, or there is no GPU.
     """
     if settings.get("use_cpu") or not gpus:
         return None
@@ -38,11 +28,7 @@ def local_command(recipe: str, overrides: Sequence[str], settings: Mapping[str, 
 
 
 def launch_on_gpus(recipe: str, overrides: Sequence[str]) -> None:
-    """Replace this process by `local_command`, unless that is None or a launcher has started this process.
-
-    Raises:
-        ConfigError: the recipe or an override is not accepted.
-    """
+    """Replace this process by `local_command`, unless that is None or a launcher has started this process."""
     gpus = 0 if any(name in os.environ for name in LAUNCHED) else len(gpu_memory())
     if gpus:
         command = local_command(recipe, overrides, compose_recipe(recipe, list(overrides)), gpus)

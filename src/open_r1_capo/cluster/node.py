@@ -16,11 +16,7 @@ from open_r1_capo.runs.exit import PREEMPTED, SIGNALS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Launch this node's processes with the arguments of `accelerate launch`, and wait for them.
-
-    Returns:
-        The exit code: 85 if a process stopped at a checkpoint, else that of the first one that failed.
-    """
+    """Run `accelerate launch` here; returns 85 if a process stopped at a checkpoint, else the first failure's code."""
     for number in SIGNALS:  # the trainers inherit this until they listen; whoever sends a signal repeats it
         signal.signal(number, signal.SIG_IGN)
     from accelerate.commands.launch import launch_command, launch_command_parser

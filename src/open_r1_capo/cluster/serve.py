@@ -40,11 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def start(options: argparse.Namespace) -> None:
-    """Replace this process by the server.
-
-    Raises:
-        ServerError: the options or the model cannot be used.
-    """
+    """Replace this process by the server; raises ServerError if options or model cannot be used."""
     memory = gpu_memory()
     check(options, len(memory))
     python = vllm_python()
@@ -59,11 +55,7 @@ def start(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace, gpus: int) -> None:
-    """Refuse what vLLM would fail at after a minute of loading.
-
-    Raises:
-        ServerError: the port is taken, or there are fewer GPUs than asked for.
-    """
+    """Refuse with a ServerError what vLLM would fail at after a minute of loading."""
     tensor, copies = (1 if size is None else size for size in (options.tp, options.dp))
     if min(tensor, copies) < 1:
         raise ServerError("TP and DP must be at least 1")
@@ -82,11 +74,7 @@ def check(options: argparse.Namespace, gpus: int) -> None:
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a policy's files, which are made or downloaded if they are not on this machine.
-
-    Raises:
-        ServerError: there is no such model.
-    """
+    """The folder of a policy's files, made or downloaded if need be; raises ServerError for an unknown model."""
     folder = Path(policy_source(name).folder(name, None))
     if (folder / "config.json").is_file():
         return folder

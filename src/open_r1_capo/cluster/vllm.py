@@ -37,6 +37,7 @@ NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "temperature": 1
 # arguments of a server that training samples from: log-probabilities are those that tokens were drawn from
 FOR_TRAINING = {"logprobs_mode": "processed_logprobs", "max_logprobs": -1}
 WEIGHTS_BY_NCCL = {"weight_transfer_config": {"backend": "nccl"}}
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # servers are never behind a proxy
 DEVELOPMENT = {"VLLM_SERVER_DEV_MODE": "1"}  # the trainer sends weights through vLLM's development endpoints
 
 
@@ -45,11 +46,7 @@ class ServerError(UserError, RuntimeError):
 
 
 def vllm_python() -> Path:
-    """The interpreter that has vLLM: this one, or that of `.venv-vllm`.
-
-    Raises:
-        ServerError: neither has it.
-    """
+    """The interpreter that has vLLM, this one or that of `.venv-vllm`; raises ServerError if neither has it."""
     if importlib.util.find_spec("vllm"):
         return Path(sys.executable)
     if not (VLLM_PYTHON.parents[1] / ".ready").is_file():
@@ -81,15 +78,9 @@ def gpu_memory() -> list[int]:
 
 
 def parallelism(memory: Sequence[int], weights: int, heads: int) -> tuple[int, int]:
-    """Spread a model over GPUs: as few as hold it for one copy, as many copies as fit.
+    """Tensor and data parallel size: each copy of a model on as few GPUs as hold it, as many copies as fit.
 
-    Args:
-        memory: bytes of each GPU.
-        weights: bytes of the model's.
-        heads: of attention; the tensor parallel size must divide their number.
-
-    Returns:
-        Tensor parallel and data parallel size.
+    `memory` has bytes a GPU and `weights` is in bytes; the tensor parallel size divides the number of heads.
     """
     gpus = max(1, len(memory))
     sizes = [size for size in range(1, gpus + 1) if gpus % size == 0 and heads % size == 0]
@@ -99,13 +90,9 @@ def parallelism(memory: Sequence[int], weights: int, heads: int) -> tuple[int, i
 
 
 def serve_command(python: str, entry: tuple[str, str], model: str, **arguments: Any) -> list[str]:
-    """Write the command of vLLM's OpenAI-compatible server.
+    """Write the command of vLLM's OpenAI-compatible server; `entry` is `API_SERVER` or `COMMAND_LINE`.
 
-    Args:
-        python: interpreter of the environment that has vLLM.
-        entry: `API_SERVER` or `COMMAND_LINE`.
-        model: folder or hub id.
-        **arguments: of `vllm serve`, such as `tensor_parallel_size=2` or `enforce_eager=True`; None leaves one out.
+    Arguments are those of `vllm serve`, such as `tensor_parallel_size=2` or `enforce_eager=True`; None leaves one out.
     """
     command = [python, "-m", *entry, model]
     for name, value in arguments.items():
@@ -118,10 +105,10 @@ def serve_command(python: str, entry: tuple[str, str], model: str, **arguments: 
 
 
 def cpu_arguments(context: int | None) -> dict[str, Any]:
-    """Arguments of an engine on the CPU; `context` is its longest sequence in tokens, None if unknown.
+    """Arguments of an engine on the CPU whose longest sequence is `context` tokens, None if unknown.
 
-    Compiling takes longer than a CPU-sized job. A seeded request whose prompt is split over two steps crashes the CPU
-    engine, which rewinds its random generator, so that prompts are not split.
+    Compiling takes longer than a CPU-sized job. Prompts are not split: a seeded request whose prompt is split over two
+    steps crashes the CPU engine, which rewinds its random generator.
     """
     whole = max(8192, context or 0)
     return {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": whole}
@@ -130,15 +117,9 @@ def cpu_arguments(context: int | None) -> dict[str, Any]:
 def vllm_command(
     python: str, model: Path, port: int, memory: Sequence[int], max_length: int | None, **changes: Any
 ) -> list[str]:
-    """Write the command that serves a model of this machine as `policy`, spread over all of its GPUs.
+    """The command that serves a local model as `policy`, on all GPUs or the CPU.
 
-    Args:
-        python: interpreter of the environment that has vLLM.
-        model: folder of the model.
-        port: TCP port to listen on.
-        memory: bytes of each GPU; none for the CPU.
-        max_length: longest sequence in tokens, or None for the model's own.
-        **changes: other arguments of `serve_command`.
+    `memory` has bytes a GPU, none for the CPU; `max_length` is in tokens; changes are those of `serve_command`.
     """
     config = json.loads((model / "config.json").read_text())
     arguments = {"host": "127.0.0.1", "port": port, "served_model_name": "policy", "seed": 0}
@@ -166,7 +147,7 @@ def vllm_environment(on_cpu: bool) -> dict[str, str]:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to end this process when its parent dies, even by SIGKILL (Linux only); for `preexec_fn`."""
+    """Let the kernel end this process when its parent dies, even by SIGKILL (Linux only); for `preexec_fn`."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
@@ -174,10 +155,9 @@ def die_with_parent() -> None:
 def answers(url: str) -> bool:
     """Whether an address answers 200 within five seconds."""
     try:
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with direct.open(url, timeout=5) as response:
+        with DIRECT.open(url, timeout=5) as response:
             return response.status == 200
-    except OSError:  # URLError is one
+    except (OSError, ValueError):  # nobody there, or no address
         return False
 
 
@@ -187,12 +167,7 @@ def tail(log: Path) -> str:
 
 
 def failure(log: Path, what: str) -> ServerError:
-    """Say why the server is not there, with the first exception and the last lines of its log.
-
-    Args:
-        log: the server's.
-        what: was seen of it, as in "stopped with exit code 1".
-    """
+    """The error for a server that `what`, such as "stopped": its first exception and the last lines of its log."""
     text = log.read_text(errors="replace") if log.exists() else ""
     hint = ""
     if OUT_OF_MEMORY.search(text):
@@ -229,18 +204,7 @@ def _wait(process: subprocess.Popen, url: str, log: Path, startup: float) -> Non
 def serve(
     command: Sequence[str], url: str, log: Path, environment: Mapping[str, str] | None = None, startup: float = STARTUP
 ) -> Iterator[subprocess.Popen]:
-    """Run a server for the time of a `with` block.
-
-    Args:
-        command: starts it.
-        url: answers 200 when it is ready.
-        log: file for its output.
-        environment: its environment variables.
-        startup: seconds it may take.
-
-    Raises:
-        ServerError: it does not come up.
-    """
+    """Run a server during a `with` block; raises ServerError unless `url` answers 200 within `startup` seconds."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(

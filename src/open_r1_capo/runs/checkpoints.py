@@ -35,7 +35,7 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 
 def seal(folder: Path, processes: int = 1) -> None:
-    """Declare a checkpoint folder, which `processes` have written, complete; the seal is written last, atomically."""
+    """Mark a checkpoint folder, written by so many processes, as complete; the seal is written last, atomically."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
     listing = {str(path.relative_to(folder)): _fingerprint(path) for path in files}
     part = folder / (SEAL + ".part")
@@ -75,13 +75,8 @@ def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
 def check_processes(folder: Path, now: int, allowed: bool) -> str | None:
     """Refuse to resume with another number of processes: each draws its completions from its own random numbers.
 
-    Args:
-        folder: a complete checkpoint.
-        now: processes of this launch.
-        allowed: whether the user accepts that the run differs from an uninterrupted one.
-
     Returns:
-        A sentence about what was accepted; None if the numbers are equal or the checkpoint does not say.
+        A sentence about what was `allowed`; None if the numbers are equal or the checkpoint does not say.
 
     Raises:
         CheckpointError: the numbers differ, and that is not allowed or, with DeepSpeed's shards, not possible.

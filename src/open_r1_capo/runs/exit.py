@@ -1,7 +1,8 @@
-"""How a command ends: exit codes, the signals that stop a run, and the error whose message is for the user."""
+"""What command lines share: exit codes, the signals that stop a run, errors for the user, and a check of numbers."""
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 from collections.abc import Callable
@@ -13,16 +14,18 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # let the running optimizer step fin
 
 
 class UserError(Exception):
-    """Something that the user can put right. The message is one sentence: what is wrong, where, what to do."""
+    """An error that the user can fix. The message is one sentence: what is wrong, where, what to do."""
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def run_cli(command: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-    """Run a command and return its exit code; a `UserError` or Ctrl-C becomes one line on stderr.
-
-    Args:
-        command: does the work; None stands for 0.
-        interrupted: printed after Ctrl-C.
-    """
+    """Run a command and return its exit code; a `UserError` or Ctrl-C becomes one line on stderr."""
     try:
         return command() or 0
     except UserError as error:

@@ -48,14 +48,10 @@ class RunFolder(Run):
         self._lock = None  # an open file, locked
 
     def check(self, settings: dict[str, Any], overwrite: bool) -> None:
-        """Refuse early, before minutes of work, what `claim` would refuse; writes nothing.
-
-        Args:
-            settings: the resolved recipe.
-            overwrite: an earlier run will be thrown away.
+        """Refuse before minutes of work what `claim` would refuse; writes nothing.
 
         Raises:
-            RunFolderError: the folder holds something else, or a run with other settings.
+            RunFolderError: the folder holds something else, or a run with other settings and not `overwrite`.
         """
         if not self.path.exists():
             return
@@ -71,10 +67,7 @@ class RunFolder(Run):
                 )
 
     def differences(self, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Compare the folder's settings with a resolved recipe's, as far as they make a run what it is.
-
-        Returns:
-            Theirs and ours, by key, where they differ.
+        """The settings (theirs, ours) by key that differ and make this another run than the folder's.
 
         Raises:
             RunFolderError: the folder holds something else than a run.
@@ -92,9 +85,7 @@ class RunFolder(Run):
     def claim(self, settings: dict[str, Any], overwrite: bool) -> Iterator[tuple[Path | None, list[str]]]:
         """Take the folder for a run; if the block then fails, the folder is as it was before.
 
-        Args:
-            settings: the resolved recipe.
-            overwrite: put an earlier run aside, and throw it away once the block has succeeded.
+        With `overwrite`, an earlier run is put aside, and thrown away once the block has succeeded.
 
         Yields:
             The checkpoint to resume from (None: start from the beginning) and sentences about unusable ones.

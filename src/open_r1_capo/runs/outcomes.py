@@ -27,10 +27,7 @@ def best_accuracy(rewards: Sequence[float]) -> float:
 
 
 def base_accuracy(runs: Iterable[Sequence[float]]) -> float:
-    """Estimate the accuracy before training, over the rewards of each run of one scale; NaN without runs.
-
-    It is the mean reward of the first step, whose completions are the base policy's whatever the method.
-    """
+    """Mean first reward of runs of one scale, whose completions are the base policy's; NaN without runs."""
     first = [rewards[0] for rewards in runs if rewards and not math.isnan(rewards[0])]
     return statistics.fmean(first) if first else math.nan
 

@@ -25,11 +25,7 @@ TOKEN_COLUMNS = (*REQUIRED, "prob", "prob_after", "entropy", "gradient_norm", "k
 
 
 def read_record(path: Path, required: Sequence[str] = REQUIRED) -> dict[str, Any]:
-    """Read a token record whose columns fit its tokens.
-
-    Args:
-        path: a `.json.gz` file.
-        required: the columns that every completion must have.
+    """Read a token record whose completions have the `required` columns.
 
     Raises:
         ValueError: it cannot be read, or is no such record; the message says what is wrong with it.

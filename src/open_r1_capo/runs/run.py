@@ -34,25 +34,15 @@ class RunError(UserError, RuntimeError):
 
 @dataclass(frozen=True)
 class Lines:
-    """A JSON-lines file up to the first line that is broken or has no integer `step`.
-
-    Attributes:
-        rows: its objects.
-        broken: number of the broken line, counted from 1; None if there is none.
-        last: whether the broken line is the last one, as a process that was killed leaves it.
-    """
+    """A JSON-lines file up to the first line that is broken or has no integer `step`."""
 
     rows: list[dict[str, Any]]
-    broken: int | None = None
-    last: bool = False
+    broken: int | None = None  # number of the broken line, counted from 1
+    last: bool = False  # it is the last line, as a process that was killed leaves it
 
 
 class Run:
-    """A run's folder and what is in it; nothing is read before it is asked for.
-
-    Args:
-        path: the folder, `outputs/<recipe>/<scale>/seed<seed>`.
-    """
+    """A run's folder, `outputs/<recipe>/<scale>/seed<seed>`; nothing is read before it is asked for."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)

@@ -31,13 +31,9 @@ def summarise(
     before: dict[str, float] | None = None,
     after: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Put together the content of summary.json.
+    """The content of summary.json from all metric lines, at least one; values that are not numbers are left out.
 
-    Args:
-        settings: the resolved recipe.
-        rows: all metric lines, at least one; what is not a number is left out.
-        before: held-out accuracy of the base policy, with its standard error and n.
-        after: the same at the end.
+    `before` and `after` are held-out accuracies, with standard error and n, of the base policy and of the last one.
     """
 
     def known(key: str) -> list[float]:

@@ -10,16 +10,10 @@ MICRO, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_step
 def split_batch(
     completions: int, processes: int, micro_batch: int | None = None, accumulation: int | None = None
 ) -> tuple[int, int]:
-    """Split a step over processes, and each share into micro-batches.
+    """Split the completions of an optimizer step over processes, and each share into micro-batches.
 
-    Args:
-        completions: of one optimizer step, over all processes.
-        processes: of the launch.
-        micro_batch: completions of one forward pass; None follows from `accumulation`, or is the whole share.
-        accumulation: forward passes of a step; None follows from `micro_batch`.
-
-    Returns:
-        Micro-batch and accumulation.
+    Of micro-batch (completions of a forward pass) and accumulation (forward passes), one follows from the other; with
+    neither given, a share is one micro-batch. Returns both.
 
     Raises:
         ConfigError: they do not multiply to `completions`; the message names what to change.
@@ -43,11 +37,7 @@ def split_batch(
 
 
 def largest_micro_batch(completions: int, processes: int, limit: int) -> int:
-    """The largest micro-batch up to `limit` that divides each process's share.
-
-    Raises:
-        ConfigError: the completions cannot be shared equally by the processes.
-    """
+    """The largest micro-batch up to `limit` that divides each process's share; ConfigError if shares are unequal."""
     share, rest = divmod(completions, processes)
     if rest or not share:
         raise ConfigError(

@@ -13,28 +13,18 @@ SCHEDULES = ("constant", "linear", "cosine2")
 
 @dataclass
 class BudgetConfig:
-    """How long a step may be.
+    """How long a step may be."""
 
-    Attributes:
-        rule: `none`; `target`: no learning rate, each step fills its budget; `verify`: the scheduled rate, pulled back
-            to the budget.
-        nats: mean KL(π_old ‖ π_new) a token of a step, in nats.
-        entropy_share: instead of nats, κ: the budget is κ times the policy's entropy at the step's tokens.
-        schedule: of the budget over the run: `constant`, `linear` or `cosine2`.
-        warmup_steps: the first so many budgets grow to the full one.
-        share: of each micro-batch's sequences that are measured, in (0, 1].
-        tolerance: a step's KL may exceed its budget by this factor, > 1.
-        max_passes: measurements of a step.
-    """
-
+    # `target`: no learning rate, each step fills its budget; `verify`: the scheduled rate, pulled back to the budget
     rule: str = "none"
-    nats: float | None = None
+    nats: float | None = None  # mean KL(π_old ‖ π_new) a token of a step
+    # κ, instead of nats: the budget is κ times the policy's entropy at the step's tokens
     entropy_share: float | None = None
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    share: float = 1.0
-    tolerance: float = 1.5
-    max_passes: int = 8
+    schedule: str = "constant"  # of the budget over the run: constant, linear or cosine2
+    warmup_steps: int = 0  # the first steps, over which the budget grows to the full one
+    share: float = 1.0  # of each micro-batch's sequences that are measured, in (0, 1]
+    tolerance: float = 1.5  # > 1: a step's KL may exceed its budget by this factor
+    max_passes: int = 8  # measurements of a step
 
     def __post_init__(self):
         """Check choices and ranges; raises ValueError."""

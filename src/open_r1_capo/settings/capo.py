@@ -23,33 +23,21 @@ class CAPOConfig:
     """What CAPO does; every threshold is in the units of Eq. 10 at the scheduler's current learning rate.
 
     `capo_config` makes one from a recipe's flat settings.
-
-    Attributes:
-        mode: `off` (plain TRL), or a token rule of `capo.rules.RULES`: `observe` (log every shift, weigh every token
-            1), `mask` (the paper), `scale`, `probability`, `covariance`, `gradient_norm`.
-        optimizer_model: `adam` or `sgd` (App. I), the model of the step.
-        top_k: k of the support; the sampled token is always added.
-        granularity: what is judged: token, sequence, group or batch (within one micro-batch of one rank).
-        denominator: GRPO divides a sequence by its `kept` tokens, or by `all`.
-        moment_average: `per_logit` or `per_token`, see `AdamStep`.
-        absent_rows: `hold` or `decay`, see `AdamStep`.
-        measure_kl: share of each micro-batch's sequences on which the update's true KL is measured; 0 is off.
-        skip_gradient_norm: κ, see `NormGuard`.
-        rule: the token rule with its own settings.
-        step: the step rule with its own settings; `step_rule` names it.
     """
 
+    # `off` (plain TRL), or the name of a token rule in `RULES`: `mask` is the paper's, `observe` only logs
     mode: str = "mask"
-    optimizer_model: str = "adam"
-    top_k: int = 50
-    granularity: str = "token"
-    denominator: str = "kept"
-    moment_average: str = "per_logit"
-    absent_rows: str = "hold"
+    optimizer_model: str = "adam"  # adam or sgd (App. I), the model of the step
+    top_k: int = 50  # k of the support; the sampled token is always added
+    granularity: str = "token"  # what is judged: token, sequence, group or batch (within one micro-batch of one rank)
+    denominator: str = "kept"  # GRPO divides a sequence by its `kept` tokens, or by `all`
+    moment_average: str = "per_logit"  # per_logit or per_token, see `AdamStep`
+    absent_rows: str = "hold"  # hold or decay, see `AdamStep`
+    # share of each micro-batch's sequences on which the update's true KL is measured; 0 is off
     measure_kl: float = 1.0
-    skip_gradient_norm: float = math.inf
-    rule: TokenRule = field(default_factory=TokenRule)
-    step: StepRule = field(default_factory=StepRule)
+    skip_gradient_norm: float = math.inf  # κ, see `NormGuard`
+    rule: TokenRule = field(default_factory=TokenRule)  # the token rule with its own settings
+    step: StepRule = field(default_factory=StepRule)  # the step rule with its own settings; `step_rule` names it
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "optimizer_model": ("adam", "sgd"),
@@ -92,15 +80,7 @@ COMMON = tuple(one.name for one in fields(CAPOConfig) if one.name not in ("rule"
 
 
 def capo_config(**values: Any) -> CAPOConfig:
-    """Build the settings from a recipe's flat group `capo`.
-
-    Args:
-        **values: the fields of `CAPOConfig` but `rule` and `step`, `step_rule`, and the settings of any rules; those
-            of a rule that is not chosen are left out.
-
-    Raises:
-        ConfigError: naming the key, its value and what it may be.
-    """
+    """Build the settings from a recipe's flat group `capo`, without those of rules that are not chosen."""
     mode, step_rule = _chosen(values)
     _one_of("mode", mode, (OFF, *RULES))
     _one_of("step_rule", step_rule, STEP_RULES)
@@ -124,11 +104,9 @@ def capo_keys() -> dict[str, Kinds]:
 
 
 def unread(key: str, values: dict[str, Any]) -> str | None:
-    """Return the setting under which nothing reads another, as `capo.mode=off`; None if something does.
+    """The setting that makes `key` unused, such as `capo.mode=off`; None if it is used.
 
-    Args:
-        key: without the group's name.
-        values: of the group.
+    `key` and `values` are without the group's name.
     """
     mode, step_rule = _chosen(values)
     rule, step = RULES.get(mode, TokenRule), STEP_RULES.get(step_rule, StepRule)

@@ -28,11 +28,7 @@ def known_recipes() -> list[str]:
 
 
 def compose_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
-    """Compose a recipe with command-line overrides into plain settings.
-
-    Args:
-        name: a recipe of `known_recipes`.
-        overrides: `key=value`, also of TRL fields that the recipe does not mention, and `group=option`.
+    """Compose a recipe with overrides (`key=value` also of any TRL field, `group=option`) into plain settings.
 
     Raises:
         ConfigError: an unknown recipe, group option or key (with the nearest valid one), or an override that nothing
@@ -78,7 +74,7 @@ def _checked_override(item: str) -> str:
 
 
 def _names(settings: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Full names of what is set."""
+    """Full names of all settings, such as `capo.mode`."""
     for key, value in settings.items():
         name = prefix + key
         if isinstance(value, dict) and SETTINGS.get(name) == GROUP:
@@ -98,7 +94,7 @@ def _check_keys(settings: dict[str, Any]) -> None:
 
 
 def _unread(key: str, settings: dict[str, Any]) -> str | None:
-    """Return the setting under which nothing reads another, None if something does."""
+    """The setting that makes `key` unused, such as `use_vllm=false`; None if it is used."""
     groups = ("capo", "budget", "data", "evaluation")
     capo, budget, data, evaluation = ({} if not isinstance(settings.get(k), dict) else settings[k] for k in groups)
     group, _, name = key.rpartition(".")

@@ -24,29 +24,17 @@ GROUPS = ("method", "rule", "budget", "regime", "scale", "generation")  # folder
 
 @dataclass
 class DataConfig:
-    """Where the problems come from; see `ProblemSource.reads` for what a source reads.
+    """Where the problems come from; see `ProblemSource.reads` for what a source reads."""
 
-    Attributes:
-        name: `lab`, a named data set of `open_r1_capo.tasks.data`, or any hub data set.
-        path: a local JSONL or Parquet file or folder, instead of the hub.
-        config: the hub data set's configuration.
-        split: its split.
-        problem_column: column of the problem text; null finds it.
-        answer_column: column of the gold answer; null finds it.
-        max_prompt_tokens: longer prompts are left out (Table 2: 512); null keeps all.
-        problems: how many problems to draw, from a source that draws them.
-        variant: their kind, such as one of the lab's eight, in training and in `evaluation.problems`.
-    """
-
-    name: str | None = None
-    path: str | None = None
-    config: str | None = None
-    split: str = "train"
-    problem_column: str | None = None
-    answer_column: str | None = None
-    max_prompt_tokens: int | None = 512
-    problems: int = 2000
-    variant: str = "base"
+    name: str | None = None  # `lab`, a named data set of `open_r1_capo.tasks.data`, or any hub data set
+    path: str | None = None  # a local JSONL or Parquet file or folder, instead of the hub
+    config: str | None = None  # of the hub data set
+    split: str = "train"  # of the hub data set
+    problem_column: str | None = None  # null finds it
+    answer_column: str | None = None  # null finds it
+    max_prompt_tokens: int | None = 512  # longer prompts are left out (Table 2: 512); null keeps all
+    problems: int = 2000  # how many to draw, from a source that draws them
+    variant: str = "base"  # their kind, such as one of the lab's eight, in training and in `evaluation.problems`
 
     def __post_init__(self):
         """Check ranges; raises ValueError."""
@@ -56,20 +44,12 @@ class DataConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Accuracy on held-out problems of the source `data.name`: before training, at every checkpoint, and at the end.
+    """Accuracy on held-out problems of `data.name`: before training, at every checkpoint, and at the end."""
 
-    Attributes:
-        problems: how many held-out problems; 0 is off (policies are also measured by `make eval`).
-        samples: completions a problem.
-        suite: how many held-out problems of each of the source's test sets: their mean accuracy is TEST, written to
-            eval.jsonl every `evaluation.every` steps; 0 is off.
-        every: optimizer steps between two measurements of TEST (App. G: 10).
-    """
-
-    problems: int = 0
-    samples: int = 1
-    suite: int = 0
-    every: int = 10
+    problems: int = 0  # how many held-out problems; 0 is off (`make eval` measures policies too)
+    samples: int = 1  # completions a problem
+    suite: int = 0  # held-out problems of each test set, whose mean accuracy is TEST, in eval.jsonl; 0 is off
+    every: int = 10  # optimizer steps between two measurements of TEST (App. G: 10)
 
     def __post_init__(self):
         """Check ranges; raises ValueError."""
@@ -79,49 +59,27 @@ class EvaluationConfig:
 
 @dataclass
 class RunConfig:
-    """Everything that is not TRL's: which run this is and what surrounds the trainer.
-
-    Attributes:
-        recipe: the recipe's name.
-        scale: the name of the group.
-        model_name_or_path: a local folder or hub id; `lab` trains the lab's base policy first.
-        completions_per_step: completions of one optimizer step over all ranks; sets TRL's gradient accumulation.
-        advantage_baseline: `group` subtracts the group's mean reward, `none` is REINFORCE on the reward itself.
-        reward_funcs: names of `open_r1_capo.tasks.rewards`.
-        system_prompt: null is the default of `open_r1_capo.tasks.data`; an empty string sends none.
-        num_threads: CPU threads of torch; null leaves torch's choice.
-        needs_gpu: refuse to start without a CUDA device.
-        output_root: the run's folder is <output_root>/<recipe>[,<variant>]/<scale>/seed<seed>.
-        variant: a name for what was changed in the recipe, such as `learning_rate=0.0004`.
-        overwrite: throw an older run of the same folder away.
-        allow_other_processes: go on with another number of processes, though not exactly.
-        token_records: what became of each token is kept of the `notable` steps, of `all`, or of `none`.
-        capo: see `CAPOConfig`.
-        budget: see `BudgetConfig`.
-        data: see `DataConfig`.
-        evaluation: see `EvaluationConfig`.
-        lab: the policy that model_name_or_path=lab makes.
-    """
+    """Everything that is not TRL's: which run this is and what surrounds the trainer."""
 
     recipe: str
     scale: str
-    model_name_or_path: str
-    completions_per_step: int
-    advantage_baseline: str = "group"
-    reward_funcs: list[str] = field(default_factory=lambda: ["accuracy"])
-    system_prompt: str | None = None
-    num_threads: int | None = None
-    needs_gpu: bool = False
-    output_root: str = "outputs"
-    variant: str = ""
-    overwrite: bool = False
-    allow_other_processes: bool = False
-    token_records: str = "notable"
+    model_name_or_path: str  # a local folder or hub id; `lab` trains the lab's policy first
+    completions_per_step: int  # over all ranks; sets TRL's gradient accumulation
+    advantage_baseline: str = "group"  # `group` subtracts the group's mean reward; `none` is REINFORCE on the reward
+    reward_funcs: list[str] = field(default_factory=lambda: ["accuracy"])  # names in `tasks.rewards`
+    system_prompt: str | None = None  # null is the default of `tasks.data`; an empty string sends none
+    num_threads: int | None = None  # CPU threads of torch; null leaves torch's choice
+    needs_gpu: bool = False  # refuse to start without a CUDA device
+    output_root: str = "outputs"  # the run's folder is <output_root>/<recipe>[,<variant>]/<scale>/seed<seed>
+    variant: str = ""  # a name for what was changed in the recipe, such as `learning_rate=0.0004`
+    overwrite: bool = False  # throw an older run of the same folder away
+    allow_other_processes: bool = False  # go on with another number of processes, though not exactly
+    token_records: str = "notable"  # keep what became of each token in `notable` steps, `all`, or `none`
     capo: CAPOConfig = field(default_factory=CAPOConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    lab: LabSettings = field(default_factory=LabSettings)
+    lab: LabSettings = field(default_factory=LabSettings)  # the policy of model_name_or_path=lab
 
     def __post_init__(self):
         """Check choices and ranges; raises ValueError."""
@@ -152,7 +110,7 @@ class RunConfig:
 
     @property
     def policy_settings(self) -> Any:
-        """What `policy_source(model_name_or_path)` wants to know, such as `lab`; None if nothing."""
+        """The settings of `policy_source(model_name_or_path)`, such as `lab`; None without a group."""
         group = policy_source(self.model_name_or_path).group
         return getattr(self, group) if group else None
 
@@ -192,11 +150,7 @@ TRL_FIXED = {  # a run logs every step and resumes exactly, by itself
 
 
 def read(settings: dict[str, Any], processes: int = 1) -> tuple[RunConfig, dict[str, Any]]:
-    """Type and check the settings of a composed recipe; pure: neither the machine nor the environment is asked.
-
-    Args:
-        settings: from `compose_recipe`, or of a finished run.
-        processes: of the launch, for the batch arithmetic.
+    """Type and check a composed recipe, for a launch of so many processes; asks neither machine nor environment.
 
     Returns:
         Our settings, and a value for every field of TRL's `GRPOConfig`, its default where the recipe has none.
@@ -223,11 +177,7 @@ def read(settings: dict[str, Any], processes: int = 1) -> tuple[RunConfig, dict[
 
 
 def policy_settings(name: str, settings: dict[str, Any]) -> Any:
-    """The typed settings that `policy_source(name)` wants, from a recipe's or a run's; None if it wants none.
-
-    Raises:
-        ConfigError: a value of the wrong type or out of range.
-    """
+    """The typed settings that `policy_source(name)` wants, if any; raises ConfigError for wrong values."""
     group = policy_source(name).group
     if group is None:
         return None
@@ -245,7 +195,7 @@ def _check_policy(values: dict[str, Any]) -> None:
 
 
 def _check_trl(trl: dict[str, Any]) -> None:
-    """Refuse what TRL would accept and then fail at, or do otherwise than a user expects."""
+    """Refuse what TRL would accept and later fail at, or what would do something a user does not expect."""
     positive = ("num_generations", "max_steps", "save_steps", "num_iterations", "max_completion_length")
     at_least(1, **{name: trl[name] for name in positive})
     at_least(0, seed=trl["seed"], top_k=trl["top_k"])

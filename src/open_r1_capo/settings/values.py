@@ -37,11 +37,7 @@ def schema(kind: type, prefix: str = "") -> dict[str, Kinds]:
 
 
 def convert(settings: dict[str, Any], names: dict[str, Kinds], prefix: str = "") -> dict[str, Any]:
-    """Convert a recipe's settings, or a group's, to what `schema` says; unknown ones are left out.
-
-    Raises:
-        ConfigError: a value of another kind.
-    """
+    """Convert settings to the kinds in `names`, leaving unknown ones out; raises ConfigError for another kind."""
     converted = {}
     for key, value in settings.items():
         name = prefix + key
@@ -68,15 +64,10 @@ def _convert(name: str, value: Any, wanted: Kinds) -> Any:
 
 
 def make(kind: type, values: dict[str, Any], prefix: str = "") -> Any:
-    """Build a dataclass of settings and the dataclasses in it.
-
-    Args:
-        kind: raises ValueError, beginning with a field's name, for what it refuses.
-        values: by field; of a dataclass in it the dataclass, or its values as a dict.
-        prefix: of the group's full name.
+    """Build a dataclass of settings and the dataclasses in it, each given as itself or as a dict of its values.
 
     Raises:
-        ConfigError: what a dataclass refuses, with the field's full name.
+        ConfigError: a dataclass raised ValueError; its message, which begins with a field's name, after `prefix`.
     """
     groups = {name: hint for name, hint in get_type_hints(kind).items() if is_dataclass(hint)}
     inner = {

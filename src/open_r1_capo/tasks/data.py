@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from open_r1_capo.runs.exit import UserError
+from open_r1_capo.tasks.verifier import box_end
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,14 +82,11 @@ def last_boxed(text: str) -> str | None:
     boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|\s\S+)", text))
     if not boxes:
         return None
-    last, depth = boxes[-1], 0
+    last = boxes[-1]
     if last[1] != "{":
         return last[1].strip().rstrip("$.")
-    for brace in re.finditer(r"(?<!\\)[{}]", text[last.start(1) :]):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return text[last.end(1) : last.start(1) + brace.start()].strip()
-    return None
+    end = box_end(text, last.start(1))
+    return None if end < 0 else text[last.end(1) : end - 1].strip()
 
 
 def gold_answer(value: object) -> str:
@@ -105,11 +103,7 @@ def gold_answer(value: object) -> str:
 
 
 def read_rows(path: str | Path) -> list[dict]:
-    """Read a JSONL or Parquet file, one dict a row.
-
-    Raises:
-        DataError: If it is missing, of another type, or malformed (JSONL: names file and line).
-    """
+    """Read a JSONL or Parquet file, one dict a row; raises DataError if it is missing or malformed."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"there is no file {path}")
@@ -160,13 +154,7 @@ LOCAL_COPY = "data.path=<file or folder of .jsonl or .parquet>"
 
 
 def hub_rows(name: str, config: str | None, split: str, local_copy: str = LOCAL_COPY) -> list[dict]:
-    """Load a data set from the Hugging Face hub, or from its local cache, one dict a row.
-
-    Args:
-        name: The hub's name, `owner/name`.
-        config: Which configuration of it, or None.
-        split: Which split of it.
-        local_copy: How the user names a local copy, for the message.
+    """Load a data set from the hub or its local cache, one dict a row; `local_copy` tells users how to give a copy.
 
     Raises:
         DataError: If it does not exist, is gated, or the hub cannot be reached.
@@ -240,18 +228,15 @@ def load_problems(
     problem_column: str | None = None,
     answer_column: str | None = None,
 ) -> Dataset:
-    r"""Load problems and their answers.
+    r"""Load problems and their answers: `problem`, `answer`, and those of KEPT_COLUMNS that the source has.
 
     Args:
         name: `math_train_7500`, `math_train_12000`, or the name of any data set on the hub.
         path: A JSONL or Parquet file, or a folder of them, to read instead of the hub.
         config: Configuration of a hub data set.
         split: Split of a hub data set; in a folder, the files whose names start with it.
-        problem_column: Column of the problems, found by itself if it has a usual name.
-        answer_column: Column of the answers; of a worked solution, the last `\boxed` is taken.
-
-    Returns:
-        A data set with `problem`, `answer`, and those of KEPT_COLUMNS that the source has.
+        problem_column: By default the first of PROBLEM_COLUMNS that is there.
+        answer_column: By default as above; of a worked solution, the last `\boxed` is taken.
 
     Raises:
         DataError: If the data set is missing, malformed, incomplete, or has no answers.

@@ -23,22 +23,11 @@ def held_out_accuracy(
     reward: Reward,
     **options: Any,
 ) -> dict[str, float]:
-    """Measure how often sampled completions are right.
-
-    Args:
-        model: The policy; its mode and torch's random state stay as they were.
-        tokenizer: With a chat template.
-        problems: Rows with `problem` and `answer`.
-        reward: Called as `reward(completions, solution)` with completions in trl's form, a list of message lists;
-            gives a number in [0, 1] for each, or None to leave one out.
-        **options: See `_scores`.
+    """Measure how often sampled completions are right; options as for `_scores`.
 
     Returns:
         `accuracy` (mean over problems), `standard_error` (of that mean, from the spread between problems), `n`
         (problems counted), `mean_completion_length` (tokens, with the end token).
-
-    Raises:
-        ValueError: If no problem could be scored.
     """
     scores, lengths = _scores(model, tokenizer, problems, reward, **options)
     accuracy, error, n = _mean(scores)
@@ -53,21 +42,11 @@ def suite_accuracy(
     reward: Reward,
     **options: Any,
 ) -> dict[str, float | dict[str, dict[str, float]]]:
-    """Measure TEST: the mean accuracy of named test sets, all generated together.
-
-    Args:
-        model: As `held_out_accuracy`.
-        tokenizer: As `held_out_accuracy`.
-        tests: Problems by name, at least 2 each for standard errors.
-        reward: As `held_out_accuracy`.
-        **options: See `_scores`.
+    """Measure TEST, the mean accuracy of named test sets, all generated together; options as for `_scores`.
 
     Returns:
-        `test` (mean of the accuracies), `test_stderr` (of that mean, from the spread between the problems of a set)
-        and `tasks`: the `accuracy` and `stderr` of each set.
-
-    Raises:
-        ValueError: If no problem of a set could be scored.
+        `test`, `test_stderr` (from the spread between the problems of a set; needs two a set) and `tasks`: the
+        `accuracy` and `stderr` of each set.
     """
     problems = [row for rows in tests.values() for row in rows]
     scores, _ = _scores(model, tokenizer, problems, reward, **options)
@@ -95,17 +74,17 @@ def _scores(  # noqa: PLR0913 (options by name)
     batch_size: int = 256,
     seed: int = 0,
 ) -> tuple[list[list[float]], list[int]]:
-    """Complete and score problems.
+    """Sample and score completions; the model's mode and torch's random state stay as they were.
 
     Args:
         model: The policy.
-        tokenizer: Its tokenizer.
-        problems: Rows with `problem` and `answer`.
-        reward: Scores completions.
-        system_prompt: Of the conversations; None or "" sends none.
+        tokenizer: With a chat template.
+        problems: To complete.
+        reward: Called as `reward(completions, answers)`, completions as message lists; None leaves one out.
+        system_prompt: None or "" sends none.
         samples: Completions a problem.
-        temperature: Of the sampling, over the whole vocabulary; 0 for greedy completions.
-        max_new_tokens: Longest completion, in tokens.
+        temperature: Over the whole vocabulary; 0 for greedy completions.
+        max_new_tokens: Longest completion.
         batch_size: Completions generated at once.
         seed: Of the sampling.
 
@@ -161,7 +140,7 @@ def _evaluating(model: PreTrainedModel, seed: int) -> Iterator[None]:
 
 
 def _mean(scores: list[list[float]]) -> tuple[float, float, int]:
-    """Mean over problems of their mean score, its standard error from their spread, and how many were scored."""
+    """Mean over problems of their mean score, its standard error, and how many were scored; ValueError if none was."""
     means = torch.tensor([sum(group) / len(group) for group in scores if group], dtype=torch.float64)
     if len(means) == 0:
         raise ValueError("no problem could be scored")

@@ -25,15 +25,9 @@ def completion_text(completion: str | list[dict]) -> str:
 
 
 def accuracy_reward(completions: list, solution: list[str] | None = None, **kwargs: object) -> list[float | None]:
-    """Reward 1.0 for an answer that equals the gold answer mathematically, else 0.0.
+    """1.0 for an answer that equals the gold answer mathematically, else 0.0; None if that cannot be parsed.
 
-    Args:
-        completions: One text or conversation a sample.
-        solution: The gold answer of each completion (a box, LaTeX, a number, or a solution that ends in one).
-        **kwargs: The other columns, unused.
-
-    Returns:
-        One reward a completion; None where the gold answer cannot be parsed, which excludes the sample.
+    `solution` has a gold answer a completion: a box, LaTeX, a number, or a solution that ends in one.
 
     Raises:
         ValueError: If `solution` is missing or of another length.

@@ -9,45 +9,30 @@ Heavy imports (torch, transformers, datasets) are made by the methods that need 
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from open_r1_capo.tasks.lab.task import VARIANTS, problems
+
 Problem = dict[str, str]  # `problem` (the user's message) and `answer`
 
 
 class PolicySource(ABC):
-    """Gives the policy that training starts from.
+    """Gives the policy that training starts from."""
 
-    Attributes:
-        group: the recipe's group of settings that shape the policy, such as `lab`, a field of `RunConfig`; None if
-            there are none.
-        suite: the evaluation suite that fits this policy by default, a name of `evaluation.suite`.
-        system_prompt: used where a run's settings do not say; None is the default of `tasks.data`.
-    """
-
-    group: ClassVar[str | None] = None
-    suite: ClassVar[str] = "open"
-    system_prompt: ClassVar[str | None] = None
+    group: ClassVar[str | None] = None  # the recipe's settings that shape the policy, a field of `RunConfig`
+    suite: ClassVar[str] = "open"  # of `evaluation/suite.py`, measured by default
+    system_prompt: ClassVar[str | None] = None  # where a run's settings do not say; None: that of `tasks.data`
 
     @abstractmethod
     def folder(self, name: str, settings: Any) -> str:
-        """Make the policy if it has to be made.
-
-        Args:
-            name: `model_name_or_path`.
-            settings: the typed settings of `group`; None without a group.
-
-        Returns:
-            A local folder, or a hub id that transformers resolves.
-
-        Raises:
-            UserError: the policy cannot be made or kept.
-        """
+        """Make the policy if need be; a local folder, or a hub id. Raises UserError if it cannot be made or kept."""
 
     def made(self, folder: Path) -> bool:
-        """Whether this source made the policy in `folder`; a model folder or a hub id was made elsewhere."""
+        """Whether this source made the policy in `folder`."""
         return False
 
     @abstractmethod
@@ -56,33 +41,19 @@ class PolicySource(ABC):
 
 
 class ProblemSource(ABC):
-    """Gives problems with their answers.
+    """Gives problems with their answers."""
 
-    Attributes:
-        reads: the settings of `data` that this source reads, beside `name`, `path` and `max_prompt_tokens`; others
-            are refused.
-        measured: whether it has held-out problems, so that `evaluation.problems` and `evaluation.suite` can be set.
-        longest_prompt: tokens of its longest prompt with the template; None where the problems do not fix it.
-    """
-
+    # settings of `data` read beside name, path and max_prompt_tokens; others are refused
     reads: ClassVar[frozenset[str]]
-    measured: ClassVar[bool] = False
-    longest_prompt: ClassVar[int | None] = None
+    measured: ClassVar[bool] = False  # has held-out problems, so that `evaluation.problems` and `.suite` can be set
+    longest_prompt: ClassVar[int | None] = None  # tokens with the template; None: the problems do not fix it
 
     def check(self, data: Any) -> None:  # noqa: B027 (most sources have nothing to refuse)
         """Refuse settings of `data` that the source cannot serve: ValueError, beginning with the setting's name."""
 
     @abstractmethod
     def training(self, data: Any, seed: int) -> Any:
-        """Training problems, a `datasets.Dataset` with `problem` and `answer`.
-
-        Args:
-            data: the recipe's `DataConfig`.
-            seed: of sources that draw their problems.
-
-        Raises:
-            UserError: the problems cannot be had.
-        """
+        """Training problems, a `datasets.Dataset` with `problem` and `answer`; raises UserError if there are none."""
 
     def held_out(self, data: Any, count: int) -> list[Problem]:
         """`count` held-out problems of the kind that is trained on; only where `measured`."""
@@ -102,8 +73,6 @@ class PretrainedPolicy(PolicySource):
 
     def config(self, name: str, settings: Any) -> Mapping[str, Any] | None:
         """The folder's config.json; None for a hub id."""
-        import json
-
         path = Path(name) / "config.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
@@ -122,7 +91,7 @@ class LabPolicy(PolicySource):
         return str(base_policy(settings=settings))
 
     def made(self, folder: Path) -> bool:
-        """By its manifest."""
+        """Whether the folder has the lab's manifest."""
         from open_r1_capo.tasks.lab.policy import MANIFEST
 
         return (folder / MANIFEST).is_file()
@@ -166,8 +135,6 @@ class LabProblems(ProblemSource):
 
     def check(self, data: Any) -> None:
         """Refuse an unknown variant."""
-        from open_r1_capo.tasks.lab.task import VARIANTS
-
         if data.variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {data.variant!r}")
 
@@ -175,20 +142,14 @@ class LabProblems(ProblemSource):
         """Draw `data.problems` problems of `data.variant`."""
         from datasets import Dataset
 
-        from open_r1_capo.tasks.lab.task import problems
-
         return Dataset.from_list(problems("train", data.problems, seed=seed, variant=data.variant))
 
     def held_out(self, data: Any, count: int) -> list[Problem]:
         """Test problems of `data.variant`."""
-        from open_r1_capo.tasks.lab.task import problems
-
         return problems("test", count, variant=data.variant)
 
     def suite(self, count: int, seed: int = 0) -> dict[str, list[Problem]]:
         """The eight variants."""
-        from open_r1_capo.tasks.lab.task import VARIANTS, problems
-
         return {name: problems("test", count, seed=seed, variant=name) for name in VARIANTS}
 
 

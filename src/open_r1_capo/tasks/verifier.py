@@ -37,8 +37,8 @@ CACHE = 65_536  # verdicts remembered between calls, 100 bytes each
 # --- what math-verify is asked ---------------------------------------------------------------------------------------
 
 
-def _box_end(text: str, start: int) -> int:
-    """The index after the brace that closes the box opened at `start`, or -1 if none does."""
+def box_end(text: str, start: int) -> int:
+    """The index after the brace that closes the first one from `start` on, or -1 if none does."""
     depth = 0
     for index in range(start, len(text)):
         if text[index] in "{}" and text[index - 1] != "\\":
@@ -49,14 +49,11 @@ def _box_end(text: str, start: int) -> int:
 
 
 def essence(answer: str) -> str:
-    r"""Shorten an answer to the part that decides its verdict.
+    r"""Shorten an answer to the part that decides its verdict, at most WINDOW characters.
 
     An answer with one `\boxed{…}` and nothing after it that math-verify could read as part of it becomes that box
     alone, so that completions which differ only in their reasoning are verified once. A very long answer is cut to
     the window that holds its last box, or else to its end.
-
-    Returns:
-        At most WINDOW characters; `answer` itself where neither rule applies.
     """
     box = answer.rfind("\\boxed")
     if len(answer) > WINDOW:
@@ -65,7 +62,7 @@ def essence(answer: str) -> str:
         box = answer.rfind("\\boxed")
     if box < 0 or not answer.startswith("{", box + 6) or answer.find("\\boxed") != box or "\\fbox" in answer:
         return answer
-    end = _box_end(answer, box)
+    end = box_end(answer, box)
     content, rest = answer[box + 7 : end - 1], answer[end:]
     if end < 0 or not content.strip() or "$" in content or re.search(r"[}%]|percent|pct", rest, re.IGNORECASE):
         return answer
@@ -93,7 +90,7 @@ _extract_gold = functools.lru_cache(maxsize=4096)(_extract)
 
 
 def _judge(gold: str, answer: str | None) -> bool | None:
-    """Compare in this process; None if the gold answer cannot be parsed, True if only that (no answer) is asked."""
+    """Compare in this process; None if the gold answer cannot be parsed. Without an answer, only that is asked."""
     from math_verify import verify
 
     golds = _extract_gold(gold)
@@ -177,12 +174,8 @@ class _Worker:
 class Verifier:
     """A pool of worker processes that compares answers with gold answers, each within a hard time limit.
 
-    The workers start with the first call. `counts` has verified, cached, timeouts, restarts and unparseable.
-
-    Args:
-        workers: Number of processes; by default the number of CPUs, at most 4.
-        timeout: Seconds an answer may take before its worker is killed and it scores 0.
-        python: Interpreter that has math-verify, by default this one.
+    An answer that takes longer than `timeout` seconds scores 0. The workers start with the first call, in `python`,
+    an interpreter that has math-verify. `counts` has verified, cached, timeouts, restarts and unparseable.
     """
 
     def __init__(self, workers: int | None = None, timeout: float = TIMEOUT, python: str | None = None) -> None:
@@ -201,11 +194,7 @@ class Verifier:
     def verify(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
         """Judge (gold, answer) pairs; equal pairs are judged once, also across calls.
 
-        Returns:
-            One verdict a pair, in order; None where the gold answer cannot be parsed.
-
-        Raises:
-            RuntimeError: If the workers cannot be started.
+        A verdict is None where the gold answer cannot be parsed. Raises RuntimeError if the workers do not start.
         """
         jobs = [(_gold_text(gold), essence(answer)) for gold, answer in pairs]
         keys = [hashlib.blake2b(json.dumps(job).encode(), digest_size=16).digest() for job in jobs]

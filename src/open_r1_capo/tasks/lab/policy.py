@@ -7,6 +7,7 @@ by one rename, so that it is there whole or not at all, whatever stops the proce
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -72,14 +73,12 @@ def _one_maker(lock: Path) -> Iterator[None]:
     """Let one process of this machine make a policy while others wait; where files cannot be locked, all go on."""
     with lock.open("w") as handle:
         try:
-            import fcntl
-
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 print("lab policy: another process is making it, waiting", file=sys.stderr, flush=True)
                 fcntl.flock(handle, fcntl.LOCK_EX)
-        except (ImportError, OSError):
+        except OSError:
             pass  # two makers then both work, and the rename still keeps the folder whole
         yield
 
@@ -110,15 +109,10 @@ def _make(folder: Path, settings: LabSettings, seed: int) -> None:
 
 
 def base_policy(seed: int = 0, cache_dir: Path | None = None, settings: LabSettings | None = None) -> Path:
-    """The folder of the pretrained lab policy, trained first where the cache does not have it.
+    """The folder of the pretrained lab policy, trained first (two minutes) where the cache does not have it.
 
-    Args:
-        seed: Decides the initial weights and the texts.
-        cache_dir: Cache folder; by default ``$OPEN_R1_CAPO_CACHE``, else ``~/.cache/open_r1_capo``.
-        settings: Sizes, schedule and mixture; by default `LabSettings()`, about two minutes on one core.
-
-    Returns:
-        A Hugging Face model folder with tokenizer. It is shared: write nothing into it.
+    It is a Hugging Face model folder with tokenizer, and shared: write nothing into it. The cache is `cache_dir`,
+    else ``$OPEN_R1_CAPO_CACHE``, else ``~/.cache/open_r1_capo``.
 
     Raises:
         LabError: If the cache cannot be written (full disk, no permission, no home).

@@ -79,13 +79,7 @@ def build_model(settings: LabSettings, tokenizer: PreTrainedTokenizerBase, seed:
 
 
 def encode(problem: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Turn one text into token ids, and labels on the completion and its end only.
-
-    Args:
-        problem: The user's message.
-        completion: The assistant's message.
-        tokenizer: The lab's tokenizer.
-    """
+    """Turn one text into token ids, and labels on the completion and its end only."""
     messages = [{"role": "user", "content": problem}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     target = tokenizer(completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
@@ -138,16 +132,7 @@ def _report(step: int, steps: int, loss: torch.Tensor, started: float) -> None:
 
 
 def pretrain(settings: LabSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen2ForCausalLM:
-    """Train the policy from nothing; deterministic in its arguments, and global random states are left alone.
-
-    Args:
-        settings: Sizes, schedule and mixture.
-        tokenizer: The lab's tokenizer.
-        seed: Decides the initial weights and the texts.
-
-    Returns:
-        The model, in evaluation mode on the CPU.
-    """
+    """Train the policy from nothing, on the CPU; deterministic, and global random states are left alone."""
     model, rng = build_model(settings, tokenizer, seed), random.Random(f"pretrain/{seed}")
     head = list(model.lm_head.parameters())
     body = [p for name, p in model.named_parameters() if not name.startswith("lm_head.")]

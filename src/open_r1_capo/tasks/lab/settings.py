@@ -10,30 +10,18 @@ from open_r1_capo.tasks.lab.task import FILLER_WORDS, Filler, filler_vocabulary,
 
 @dataclass(frozen=True)
 class Mixture:
-    """How the pretraining texts are mixed; the rest of the completions ramble.
+    """How the pretraining texts are mixed; the rest of the completions ramble."""
 
-    Attributes:
-        base: Share of problems of the base variant; the others share the rest equally.
-        worked: Share of worked running sums.
-        direct: Share of direct answers.
-        slip: Probability of a slip at one running sum.
-        shortcut: Probability that a step adds two terms at once, which the policy does badly.
-        right: Probability that a direct answer is right.
-        filler_words: Number of filler words before each part of a completion: a running sum, an opening, a
-            sentence, the answer. A worked solution of the base variant has about four parts.
-        filler_vocabulary: Number of different filler words; without filler none is in the tokenizer.
-        filler_exponent: The r-th most frequent one has a frequency proportional to r^-exponent.
-    """
-
-    base: float = 0.5
-    worked: float = 0.4
-    direct: float = 0.4
-    slip: float = 0.06
-    shortcut: float = 0.2
-    right: float = 0.35
+    base: float = 0.5  # share of problems of the base variant; the others share the rest equally
+    worked: float = 0.4  # share of worked running sums
+    direct: float = 0.4  # share of direct answers
+    slip: float = 0.06  # probability of a slip at one running sum
+    shortcut: float = 0.2  # probability that a step adds two terms at once, which the policy does badly
+    right: float = 0.35  # probability that a direct answer is right
+    # words before each part (running sum, opening, sentence, answer); a base solution has about four
     filler_words: float = 0.0
-    filler_vocabulary: int = 300
-    filler_exponent: float = 1.0
+    filler_vocabulary: int = 300  # different filler words; without filler none is in the tokenizer
+    filler_exponent: float = 1.0  # the r-th most frequent word has a frequency proportional to r^-exponent
 
     def __post_init__(self):
         """Check ranges; raises ValueError."""
@@ -62,41 +50,24 @@ class Mixture:
 
 @dataclass(frozen=True)
 class LabSettings:
-    """Everything, beside the seed, that decides what the policy becomes.
+    """Everything, beside the seed, that decides what the policy becomes."""
 
-    Attributes:
-        hidden_size: Width of the residual stream; heads are hidden_size / heads wide, at least 32 for vLLM on CPU.
-        intermediate_size: Width inside the feed-forward layers.
-        layers: Number of blocks.
-        heads: Attention heads.
-        kv_heads: Key and value heads.
-        max_length: Longest sequence, in tokens.
-        head_balance: Final norm weight, and divisor of the head's initial weights and pretraining learning rate.
-        steps: Pretraining steps.
-        batch_size: Texts a step.
-        learning_rate: Peak rate of pretraining; linear warm-up over a twentieth of the steps, then cosine to 0.
-        threads: CPU threads; part of the settings because sums of floats depend on it.
-        filler_ramp: Share of the steps in which filler grows from none to `mixture.filler_words`: sums are learnt
-            from short texts first, which is quicker and surer.
-        filler_weight: Weight of a filler word in the loss of pretraining, where any other token has 1: words without
-            rule are most of a text, and soon as well known as they can be.
-        mixture: Shares of the styles of completions, and their filler.
-    """
-
-    hidden_size: int = 128
-    intermediate_size: int = 256
+    hidden_size: int = 128  # a multiple of 2 × heads; vLLM on a CPU needs heads at least 32 wide
+    intermediate_size: int = 256  # width inside the feed-forward layers
     layers: int = 2
     heads: int = 4
     kv_heads: int = 2
-    max_length: int = 256
+    max_length: int = 256  # tokens of the longest sequence
+    # final norm weight, and divisor of the head's initial weights and pretraining learning rate
     head_balance: float = 16.0
-    steps: int = 650
+    steps: int = 650  # pretraining steps
     batch_size: int = 64
-    learning_rate: float = 3e-3
-    threads: int = 1
+    learning_rate: float = 3e-3  # peak; linear warm-up over a twentieth of the steps, then cosine to 0
+    threads: int = 1  # CPU threads; a setting because sums of floats depend on it
+    # share of the steps in which filler grows to its full length: short texts teach sums faster
     filler_ramp: float = 0.5
-    filler_weight: float = 0.1
-    mixture: Mixture = field(default_factory=Mixture)
+    filler_weight: float = 0.1  # loss weight of a filler word (1 for other tokens): random words are most of a text
+    mixture: Mixture = field(default_factory=Mixture)  # shares of the styles of completions, and their filler
 
     def __post_init__(self):
         """Check ranges, and that the heads divide the width; raises ValueError."""

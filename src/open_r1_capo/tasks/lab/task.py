@@ -36,15 +36,10 @@ Filler = Callable[[random.Random], str]  # gives the words before one part of a 
 
 @dataclass(frozen=True)
 class Variant:
-    """One family of problems.
+    """One family of problems."""
 
-    Attributes:
-        terms: Draws the signed terms of one problem from a random generator.
-        wording: Turns the terms into the user's message.
-    """
-
-    terms: Callable[[random.Random], tuple[int, ...]]
-    wording: Callable[[tuple[int, ...]], str]
+    terms: Callable[[random.Random], tuple[int, ...]]  # draws the signed terms of one problem
+    wording: Callable[[tuple[int, ...]], str]  # turns them into the user's message
 
 
 def _digits(rng: random.Random, low: int, high: int) -> tuple[int, ...]:
@@ -93,11 +88,7 @@ def split_of(terms: tuple[int, ...]) -> str:
 
 
 def draw_terms(rng: random.Random, split: str, variant: str = "base") -> tuple[int, ...]:
-    """Draw the signed terms of one problem of a split by rejection.
-
-    Raises:
-        ValueError: If the split or the variant is unknown.
-    """
+    """Draw the signed terms of one problem of a split; raises ValueError for an unknown split or variant."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
     if variant not in VARIANTS:
@@ -109,17 +100,7 @@ def draw_terms(rng: random.Random, split: str, variant: str = "base") -> tuple[i
 
 
 def problems(split: str, n: int, seed: int = 0, variant: str = "base") -> list[dict[str, str]]:
-    """State n problems; small variants repeat some.
-
-    Args:
-        split: `train` or `test`; no multiset of terms is in both.
-        n: Number of problems; the first m of them do not depend on n.
-        seed: Decides which problems.
-        variant: A key of `VARIANTS`.
-
-    Returns:
-        Rows with `problem` (the user's message) and `answer` (a decimal number as text).
-    """
+    """State n problems, `problem` and `answer` (an integer as text); the first m of them do not depend on n."""
     rng = random.Random(f"{seed}/{split}/{variant}")
     rows = []
     for _ in range(n):
@@ -154,13 +135,7 @@ def no_filler(rng: random.Random) -> str:
 
 
 def zipf_filler(mean: float, size: int, exponent: float) -> Filler:
-    """Make a source of filler: independent words of Zipf frequency, always the same number of them.
-
-    Args:
-        mean: Number of words a call, rounded up or down at random so that the mean holds; 0 gives `no_filler`.
-        size: Number of different words.
-        exponent: The r-th most frequent word has a frequency proportional to r^-exponent.
-    """
+    """Make a filler of on average `mean` words, the r-th most frequent of `size` with a frequency ∝ r^-exponent."""
     if mean == 0:
         return no_filler
     words, weights = _zipf(size, exponent)
@@ -175,27 +150,20 @@ def zipf_filler(mean: float, size: int, exponent: float) -> Filler:
 
 def worked_solution(
     terms: tuple[int, ...],
-    rng: random.Random | None = None,
+    rng: random.Random,
     slip: float = 0.0,
     shortcut: float = 0.0,
     filler: Filler = no_filler,
 ) -> str:
-    r"""Write the running sums of a problem, as ``3+5=8, 8+7=15, \boxed{15}``.
+    r"""Write the running sums of at least two terms, as ``3+5=8, 8+7=15, \boxed{15}``.
 
     Args:
-        terms: Signed terms, at least two.
-        rng: Source of slips and shortcuts; needed when either is possible.
+        terms: With their signs.
+        rng: Source of slips and shortcuts.
         slip: Probability that one running sum is off by one or two; later sums go on from the wrong one.
         shortcut: Probability that a step adds two terms at once, as ``3+5+7=15``, where two are left.
         filler: Source of the words before each running sum and before the answer.
-
-    Raises:
-        ValueError: If slips or shortcuts are asked for without a source of randomness.
     """
-    if rng is None:
-        if slip > 0 or shortcut > 0:
-            raise ValueError("slips and shortcuts need a random generator")
-        rng = random.Random(0)
     total, rest, text = terms[0], list(terms[1:]), ""
     while rest:
         n = 2 if len(rest) > 1 and rng.random() < shortcut else 1
@@ -209,14 +177,7 @@ def worked_solution(
 
 
 def direct_answer(terms: tuple[int, ...], rng: random.Random, right: float, filler: Filler = no_filler) -> str:
-    """Write an answer without any work: right with probability `right`, else near the right one.
-
-    Args:
-        terms: Signed terms.
-        rng: Source of randomness; it is advanced.
-        right: Probability of the right answer.
-        filler: Source of the words before the opening and before the answer.
-    """
+    """Write an answer without any work: right with probability `right`, else near the right one."""
     answer = sum(terms)
     if rng.random() >= right:
         answer = max(0, answer + rng.choice((-5, -4, -3, -2, -1, 1, 2, 3, 4, 5)))

@@ -38,12 +38,7 @@ def vocabulary() -> list[str]:
 
 
 def build_tokenizer(model_max_length: int, filler: Sequence[str] = ()) -> PreTrainedTokenizerBase:
-    """Build the tokenizer with its chat template and padding on the left.
-
-    Args:
-        model_max_length: Longest sequence of the policy, in tokens.
-        filler: Filler words, one token each, after all others.
-    """
+    """Build the tokenizer: chat template, padding on the left, and after all other tokens one for each filler word."""
     tokenizer = Qwen2Tokenizer(
         vocab={byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))},
         merges=[],

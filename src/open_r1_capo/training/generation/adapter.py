@@ -31,16 +31,7 @@ CLOSE = {torch.float32: 0.02, torch.bfloat16: 0.1}  # nats: what rounding explai
 
 
 class CPUGeneration(VLLMGeneration):
-    """A backend as TRL's trainer sees it.
-
-    Args:
-        trainer: whose policy is sampled; its state says at which step.
-        backend: holds the copy of it.
-        folder: where weights are handed over; a server must see it under the same path.
-
-    Raises:
-        GenerationError: the backend cannot be used.
-    """
+    """A backend as TRL's trainer sees it; weights are handed over in `folder`."""
 
     def __init__(self, trainer: Trainer, backend: Backend, folder: Path):
         self.trainer, self.backend, self.folder = trainer, backend, folder
@@ -83,8 +74,7 @@ class CPUGeneration(VLLMGeneration):
     ) -> tuple[list, list, list, None]:
         """Draw a completion of every prompt (token ids) of this process; TRL's other arguments are not needed.
 
-        Returns:
-            Prompt ids, completion ids, log-probabilities (completions × tokens × 1, None where unknown), and None.
+        Returns prompt ids, completion ids, log-probabilities (completions × tokens × 1, None where unknown), and None.
         """
         del images, num_generations, profiler
         with _saving(self.trainer):
@@ -122,7 +112,7 @@ class CPUGeneration(VLLMGeneration):
         return result
 
     def _next_seed(self) -> int:
-        """Of a step's first completion: the same whenever and wherever that step is taken."""
+        """The seed of a step's first completion, the same whenever and wherever that step is taken."""
         step = self.trainer.state.global_step
         self._drawn = (step, self._drawn[1] + 1 if self._drawn[0] == step else 0)
         return completion_seed(self.trainer.args.seed, *self._drawn)
@@ -156,17 +146,14 @@ class CPUGeneration(VLLMGeneration):
 
 
 def completion_seed(seed: int, step: int, call: int) -> int:
-    """The seed of the first completion of a run's step and call (from 0); the i-th has this plus i.
-
-    It is below 2**31 - 2**20, so that the seeds of a million completions still fit 31 bits.
-    """
+    """The seed, below 2**31 - 2**20, of the first completion of a step's call; the i-th has this plus i."""
     digest = hashlib.sha256(f"{seed}/{step}/{call}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % (2**31 - 2**20)
 
 
 @contextlib.contextmanager
 def _saving(trainer: Trainer) -> Iterator[None]:
-    """Within it, a failing backend ends the run at a checkpoint of the last complete step."""
+    """If the backend fails inside, save the last complete step before raising."""
     try:
         yield
     except GenerationError as error:
@@ -188,7 +175,7 @@ def save_step(trainer: Trainer) -> None:
 
 
 class _Closing(TrainerCallback):
-    """Gives the backend back when training ends, or failing that when the process does."""
+    """Closes the backend when training ends, or at the latest when the process exits."""
 
     def __init__(self, backend: Backend, folder: Path):
         self.backend, self.folder = backend, folder

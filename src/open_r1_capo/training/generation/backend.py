@@ -13,8 +13,7 @@ from open_r1_capo.runs.exit import UserError
 
 Result = TypeVar("Result")
 
-ATTEMPTS = 5  # of one call, the first included: with the waits below 15 s of silence
-FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds
+WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further attempt of a call
 
 
 class GenerationError(UserError, RuntimeError):
@@ -27,27 +26,16 @@ class Unavailable(GenerationError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn.
-
-    Attributes:
-        max_tokens: longest completion.
-        temperature: divides the logits.
-        top_p: probability that the kept tokens have together.
-        top_k: tokens kept; 0 keeps all.
-        min_p: tokens below this share of the likeliest one's probability are dropped.
-        repetition_penalty: 1 is none.
-        stop_token_ids: any of them ends a completion, and is its last token.
-        extra: further fields of vLLM's sampling parameters.
-    """
+    """How completions are drawn."""
 
     max_tokens: int
     temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    stop_token_ids: tuple[int, ...] = ()
-    extra: dict[str, Any] = field(default_factory=dict)
+    top_p: float = 1.0  # probability that the kept tokens have together
+    top_k: int = 0  # tokens kept; 0 keeps all
+    min_p: float = 0.0  # tokens below this share of the likeliest one's probability are dropped
+    repetition_penalty: float = 1.0  # 1 is none
+    stop_token_ids: tuple[int, ...] = ()  # any of them ends a completion, and is its last token
+    extra: dict[str, Any] = field(default_factory=dict)  # further fields of vLLM's sampling parameters
 
     def request(self) -> dict[str, Any]:
         """The fields of a vLLM request, without its seed and its number of completions."""
@@ -59,25 +47,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion.
+    """One completion."""
 
-    Attributes:
-        ids: its tokens, the one that ended it included.
-        logps: log-probability of each under the sampling distribution; NaN where the backend knows none.
-    """
-
-    ids: list[int]
-    logps: list[float]
+    ids: list[int]  # with the token that ended it
+    logps: list[float]  # of each token under the sampling distribution; NaN where unknown
 
 
 class Backend(ABC):
-    """Something that holds a copy of the policy and samples from it; GenerationError says that it is gone for good.
+    """Something that holds a copy of the policy and samples from it; GenerationError says that it is gone for good."""
 
-    Attributes:
-        shared: whether one of them serves all training processes; otherwise each process has its own.
-    """
-
-    shared = False
+    shared = False  # one backend serves all training processes; otherwise each has its own
 
     @abstractmethod
     def start(self) -> None:
@@ -89,44 +68,28 @@ class Backend(ABC):
 
     @abstractmethod
     def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
-        """Draw a completion of every prompt.
+        """Draw a completion of every prompt (token ids); equal neighbours may be drawn together.
 
-        Args:
-            prompts: token ids; equal ones that follow each other may be drawn together.
-            sampling: how.
-            seed: the i-th completion is drawn with seed + i, whatever else is drawn beside it.
+        The i-th completion is drawn with seed + i, whatever else is drawn beside it.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Give everything back; safe to call twice."""
+        """Free everything; safe to call twice."""
 
 
 def retry(
     action: Callable[[], Result],
-    recover: Callable[[], None] = lambda: None,
-    attempts: int = ATTEMPTS,
+    recover: Callable[[], None],
     sleep: Callable[[float], None] = time.sleep,
 ) -> Result:
-    """Call something that may need several attempts, waiting twice as long before each.
-
-    Args:
-        action: what to call.
-        recover: called before every further attempt; may itself raise `Unavailable`.
-        attempts: how many, the first included.
-        sleep: waits for seconds.
-
-    Raises:
-        Unavailable: that of the last attempt.
-    """
-    attempt = 0
-    while True:
+    """Call an action until it is available, at most `len(WAITS) + 1` times, with `recover` before each new attempt."""
+    for number, wait in enumerate(WAITS):
         try:
-            if attempt:
+            if number:
                 recover()
             return action()
         except Unavailable:
-            attempt += 1
-            if attempt >= attempts:
-                raise
-            sleep(min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)))
+            sleep(wait)
+    recover()
+    return action()

@@ -19,14 +19,8 @@ from open_r1_capo.training.generation.server import VLLMServers
 def backend_for(args: GRPOConfig, model: str, run: Path) -> Backend | None:
     """The backend of a run, not started; None where TRL generates by itself: with transformers, and on GPUs.
 
-    Args:
-        args: TRL's settings; `use_vllm`, `vllm_mode` and `vllm_server_*` decide.
-        model: folder or hub id of the policy.
-        run: the run's folder, for the engine's log.
-
     Raises:
         GenerationError: a server's address cannot be used.
-        ServerError: there is no vLLM on this machine.
     """
     if not args.use_vllm:
         return None
@@ -45,11 +39,7 @@ def backend_for(args: GRPOConfig, model: str, run: Path) -> Backend | None:
 
 
 def server_urls(args: GRPOConfig) -> list[str]:
-    """The servers' addresses: `vllm_server_base_url` may hold several, separated by commas.
-
-    Raises:
-        GenerationError: one is not an address.
-    """
+    """The addresses in `vllm_server_base_url`, separated by commas; raises GenerationError if one is none."""
     # TRL's default host, 0.0.0.0, is an address to listen at
     host = "127.0.0.1" if args.vllm_server_host == "0.0.0.0" else args.vllm_server_host
     text = args.vllm_server_base_url or f"http://{host}:{args.vllm_server_port}"

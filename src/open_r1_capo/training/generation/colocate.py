@@ -27,21 +27,10 @@ RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 
 
 class VLLMChild(Backend):
-    """One vLLM engine in a child process, started again if it dies.
-
-    Args:
-        command: what runs `worker.py`.
-        engine: arguments of `vllm.LLM`, the model among them.
-        log: file for what the engine prints.
-        sleep: waits for seconds.
-    """
+    """One vLLM engine in a child process (`command` runs `worker.py`), started again if it dies."""
 
     def __init__(
-        self,
-        command: Sequence[str],
-        engine: dict[str, Any],
-        log: Path,
-        sleep: Callable[[float], None] = time.sleep,
+        self, command: Sequence[str], engine: dict[str, Any], log: Path, sleep: Callable[[float], None] = time.sleep
     ):
         self.command, self.engine, self.log, self.sleep = list(command), engine, log, sleep
         self.process: subprocess.Popen | None = None
@@ -49,11 +38,7 @@ class VLLMChild(Backend):
         self._answers: queue.Queue[str] = queue.Queue()
 
     def start(self) -> None:
-        """Start the engine and load the model.
-
-        Raises:
-            GenerationError: it does not start, with the last lines of its log.
-        """
+        """Start the engine and load the model; raises GenerationError with the end of its log if that fails."""
         try:
             self._launch()
         except (OSError, Unavailable) as error:

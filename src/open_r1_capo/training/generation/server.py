@@ -18,8 +18,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from open_r1_capo.cluster.vllm import DIRECT, answers
 from open_r1_capo.training.generation.backend import (
-    ATTEMPTS,
+    WAITS,
     Backend,
     Completion,
     GenerationError,
@@ -30,7 +31,6 @@ from open_r1_capo.training.generation.backend import (
 
 AT_ONCE = 64  # requests to one server; it batches them itself
 CALL_SECONDS = 1800.0  # of one request: a long completion of a large model on a busy CPU
-PROBE_SECONDS = 5.0
 
 
 class _NotFound(Unavailable):
@@ -38,14 +38,7 @@ class _NotFound(Unavailable):
 
 
 class VLLMServers(Backend):
-    """vLLM servers that somebody else started.
-
-    Args:
-        urls: their addresses, such as `http://127.0.0.1:8000`; requests are shared out among them.
-        model: the folder or hub id that each must have been started with.
-        timeout: seconds to wait for the last of them at the start.
-        sleep: waits for seconds.
-    """
+    """vLLM servers that somebody else started with `model`; `start` waits `timeout` seconds for them."""
 
     shared = True
 
@@ -54,17 +47,12 @@ class VLLMServers(Backend):
         self.names: dict[str, str] = {}
         self.instances: dict[str, str] = {}  # which start of each server was given the weights
         self.weights: Path | None = None
-        self._direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
 
     def start(self) -> None:
-        """Wait for every server, and check what it serves.
-
-        Raises:
-            GenerationError: one is not there in time, serves another model, or takes no weights.
-        """
+        """Wait for every server; raises GenerationError if one is not there in time, or serves another model."""
         deadline = time.monotonic() + self.timeout
         for url in self.urls:
-            while not self._healthy(url):
+            while not answers(f"{url}/health"):
                 if time.monotonic() > deadline:
                     raise GenerationError(
                         f"no vLLM server answers at {url} after {self.timeout:.0f} s: start one with make serve "
@@ -87,7 +75,7 @@ class VLLMServers(Backend):
             url = self.urls[len(requests) % len(self.urls)]
             requests.append((url, lambda url=url, body=body: self._complete(url, body)))
             first += count
-        for _ in range(ATTEMPTS):
+        for _ in WAITS:
             before = dict(self.instances)
             answers = self._each(requests)
             if self._each([(url, lambda url=url: self._instance(url)) for url in before]) == list(before.values()):
@@ -110,19 +98,12 @@ class VLLMServers(Backend):
             raise GenerationError(f"the vLLM server at {url} is gone ({error})") from None
 
     def _recover(self, url: str) -> None:
-        """A server that was started again holds the base weights: give it the step's before it is asked once more."""
-        if not self._healthy(url):
+        """Give a server the step's weights before it is asked again: if it was restarted, it has the base weights."""
+        if not answers(f"{url}/health"):
             raise Unavailable("it does not answer")
         self.names[url] = self._name(url)
         if self.weights:
             self._reload(url)
-
-    def _healthy(self, url: str) -> bool:
-        try:
-            with self._direct.open(f"{url}/health", timeout=PROBE_SECONDS) as answer:
-                return answer.status == 200
-        except (OSError, ValueError):
-            return False
 
     def _name(self, url: str) -> str:
         """The name under which a server serves the model."""
@@ -164,7 +145,7 @@ class VLLMServers(Backend):
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
         try:
-            with self._direct.open(request, timeout=CALL_SECONDS) as answer:
+            with DIRECT.open(request, timeout=CALL_SECONDS) as answer:
                 text = answer.read()
                 return json.loads(text) if text else None
         except urllib.error.HTTPError as error:

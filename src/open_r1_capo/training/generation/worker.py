@@ -33,13 +33,7 @@ class Worker:
         return True
 
     def generate(self, prompts: list[list[int]], sampling: dict[str, Any], seed: int) -> list[list[list]]:
-        """Draw a completion of every prompt: token ids and log-probabilities (None where unknown) of each.
-
-        Args:
-            prompts: token ids.
-            sampling: arguments of `vllm.SamplingParams`.
-            seed: of the first completion; the i-th has seed + i.
-        """
+        """Draw completions: token ids and log-probabilities (None where unknown); the i-th has seed + i."""
         from vllm import SamplingParams
 
         params = [SamplingParams(n=1, seed=seed + i, detokenize=False, **sampling) for i in range(len(prompts))]
