@@ -209,14 +209,15 @@ def metric_differences(
 
     Returns:
         Each difference with its metric's name, of the value or of `SMALL`. TRL's own means over ranks of means
-        (`entropy`) are left out, and a tenth of the rank correlation's counts: the order of KLs near 0 is rounding.
+        (`entropy`) are left out, and the rank correlation: the order of KLs near 0 is rounding.
     """
     found = []
     for row, other in zip(rows, others, strict=True):
         for name in row.keys() & other.keys():
+            if name == "capo/kl_spearman":
+                continue
             if name.startswith("capo/") or name in ("loss", "grad_norm", "learning_rate", "accepted_tokens"):
-                share = 0.1 if name == "capo/kl_spearman" else 1.0
-                found.append((share * abs(row[name] - other[name]) / max(abs(other[name]), SMALL), name))
+                found.append((abs(row[name] - other[name]) / max(abs(other[name]), SMALL), name))
     return found
 
 
