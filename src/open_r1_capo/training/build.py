@@ -81,13 +81,7 @@ def policy_folder(config: RunConfig) -> str:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """Load the policy's tokenizer, the first thing that fails when a model cannot be reached.
-
-    Args:
-        model: local folder or hub id.
-
-    Returns:
-        The tokenizer, padding on the left.
+    """Load the tokenizer of a folder or hub id, padding on the left; the first thing to fail if it cannot be reached.
 
     Raises:
         ConfigError: the model cannot be reached, or has no chat template.
@@ -105,19 +99,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def load_dataset(config: RunConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
-    """Load the problems and build their prompts.
-
-    Args:
-        config: our settings.
-        tokenizer: measures the prompts.
-        seed: of problems that are drawn.
-
-    Returns:
-        Rows with `prompt` and `solution`, without the prompts that are too long.
-
-    Raises:
-        ConfigError: no prompt is short enough.
-    """
+    """Rows with `prompt` and `solution`, without prompts that are too long; raises ConfigError if none is left."""
     data = config.data
     rows = to_prompts(problem_source(data.name, data.path).training(data, seed), system_prompt(config))
     if data.max_prompt_tokens is None:
@@ -147,19 +129,7 @@ def make_trainer(
     *,
     kind: type[CAPOTrainer] = CAPOTrainer,
 ) -> RunTrainer:
-    """Build the trainer.
-
-    Args:
-        config: our settings.
-        args: TRL's.
-        rewards: reward functions.
-        model: local folder or hub id.
-        tokenizer: of the policy.
-        dataset: rows with `prompt` and `solution`.
-        kind: the class of a trainer with CAPO.
-
-    Returns:
-        The trainer, silent but for its callbacks.
+    """Build the trainer of a model folder or hub id, silent but for its callbacks; `kind` is used where CAPO is on.
 
     Raises:
         ConfigError: the model's weights cannot be loaded, or CAPO cannot model its LM head.

@@ -18,12 +18,7 @@ from open_r1_capo.runs.exit import SIGNALS
 
 
 class Preempted(Exception):
-    """The run has stopped at a checkpoint because it was asked to; the message is one sentence for the user.
-
-    Args:
-        name: the signal's name.
-        step: optimizer steps that are done and saved.
-    """
+    """The run has stopped at a checkpoint because it was sent the signal `name`; the message is for the user."""
 
     def __init__(self, name: str, step: int):
         super().__init__(f"stopped by {name} at step {step}; the same command goes on")
@@ -39,11 +34,7 @@ class Preemption(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[Preemption]:
-        """Catch the signals while the block runs; outside the main thread, where Python cannot, change nothing.
-
-        Yields:
-            This object.
-        """
+        """Catch the signals while the block runs; outside the main thread, where Python cannot, change nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return

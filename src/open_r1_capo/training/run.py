@@ -49,10 +49,6 @@ FULL = {
 def command(recipe: str, overrides: Sequence[str]) -> int:
     """Train a recipe to its end, from wherever an earlier call stopped.
 
-    Args:
-        recipe: its name.
-        overrides: as `compose_recipe`.
-
     Returns:
         The exit code: 0 done, 2 bad input (one sentence on stderr), 85 stopped at a checkpoint, 130 interrupted.
     """
@@ -76,12 +72,7 @@ def command(recipe: str, overrides: Sequence[str]) -> int:
 
 
 def train(settings: dict[str, Any], preemption: Preemption | None = None) -> None:
-    """Run a composed recipe to its end, from wherever an earlier call stopped.
-
-    Args:
-        settings: from `compose_recipe`.
-        preemption: may stop the run at a checkpoint.
-    """
+    """Run a composed recipe to its end, from wherever an earlier call stopped; `preemption` may stop it again."""
     # --- the recipe --------------------------------------------------------------------------------------------------
     config, args = build(settings)
     rewards = known_rewards(config)
@@ -107,16 +98,7 @@ def fill(
     rewards: list[Callable],
     preemption: Preemption | None,
 ) -> None:
-    """Train into a run's folder.
-
-    Args:
-        folder: the run's own; it stays locked until its owner releases it.
-        settings: the resolved recipe.
-        config: our settings.
-        args: TRL's.
-        rewards: reward functions.
-        preemption: may stop the run at a checkpoint.
-    """
+    """Train into a run's folder, which stays locked until its owner releases it."""
     # --- the policy and its data -------------------------------------------------------------------------------------
     model = policy_folder(config)
     tokenizer = load_tokenizer(model)
@@ -131,7 +113,7 @@ def fill(
         if not main_process:
             resume, _ = newest_complete(folder.checkpoint_folder)
         other = check_processes(resume, world_size(), config.allow_other_processes) if resume else None
-        tell_wandb(config, args, folder)
+        configure_wandb(config, args, folder)
         trainer = make_trainer(config, args, rewards, model, tokenizer, dataset)
         accuracy, suite = held_out(config, trainer, tokenizer)
         trainer.add_callback(RunCallback(trainer, folder, accuracy, suite, config.evaluation.every))
@@ -162,14 +144,8 @@ def fill(
     print("\n".join(summary_lines(folder)))
 
 
-def tell_wandb(config: RunConfig, args: GRPOConfig, folder: RunFolder) -> None:
-    """Keep wandb's files inside the run's folder, and wandb offline where it has no key.
-
-    Args:
-        config: our settings.
-        args: TRL's; gets the run's name.
-        folder: of the run.
-    """
+def configure_wandb(config: RunConfig, args: GRPOConfig, folder: RunFolder) -> None:
+    """Keep wandb's files inside the run's folder, and wandb offline where it has no key."""
     args.run_name = args.run_name or f"{config.recipe}-{config.scale}-seed{args.seed}"
     os.environ.setdefault("WANDB_DIR", str(folder.path))
     os.environ.setdefault("WANDB_PROJECT", "open-r1-capo")
@@ -187,7 +163,7 @@ def logged_in_to_wandb() -> bool:
 
 
 def explain(error: Exception) -> str | None:
-    """Put an error that the user can mend into one sentence; None if it is ours to mend."""
+    """Return a one-line message for user-fixable errors, or None for bugs (which are re-raised)."""
     if isinstance(error, UserError):
         return str(error)
     text = str(error)
@@ -201,7 +177,7 @@ def explain(error: Exception) -> str | None:
 
 
 def quiet() -> None:
-    """Keep the libraries' chatter out of the result; warnings that matter are ours to say."""
+    """Silence the libraries; this package prints the warnings that matter."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -23,11 +23,7 @@ class SamplingComparison:
         self._inputs = inputs if inputs and "sampling_per_token_logps" in inputs else None
 
     def see(self, logps: Tensor) -> None:
-        """Compare the trainer's log-probabilities of the expected micro-batch.
-
-        Args:
-            logps: (completions, tokens), at the sampling temperature; not changed.
-        """
+        """Compare the trainer's log-probabilities (B, T), at the sampling temperature, with the sampler's."""
         inputs, self._inputs = self._inputs, None
         if inputs is None:
             return

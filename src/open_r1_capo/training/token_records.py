@@ -6,7 +6,6 @@ import gzip
 import json
 import math
 import os
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from open_r1_capo.capo.selection import TokenSelection
-from open_r1_capo.runs.records import NOTABLE, REASONS
+from open_r1_capo.runs.records import NOTABLE, REASONS, read_record
 from open_r1_capo.training.measure import Measured
 from open_r1_capo.training.update import MicroBatch
 
@@ -37,20 +36,15 @@ class TokenRecords:
         self.best: dict[str, float] = {}
 
     def resume(self, step: int) -> None:
-        """Go on after `step`: records of later steps are deleted, they will be written again.
-
-        Args:
-            step: the last step whose records stay; 0 for a new run.
-        """
+        """Delete the records of steps after `step`: they will be written again."""
         self.best = {}
         for path in self.folder.glob("*.part"):  # a write was cut off
             path.unlink()
         for path in self.folder.glob("*.json.gz"):
             try:
-                with gzip.open(path, "rt", encoding="utf-8") as file:
-                    record = json.load(file)
+                record = read_record(path)
                 stays = record["step"] <= step
-            except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error):  # it cannot be read
+            except ValueError:  # it was cut off or damaged
                 stays = False
             if not stays:
                 path.unlink()
@@ -63,10 +57,7 @@ class TokenRecords:
     ) -> None:
         """Keep a step if it is notable; the record is built for such a step only.
 
-        Args:
-            whole: `step`, `lr`, `taken_lr` and `measured_kl` (None if it was not measured).
-            micro_batches: the step's.
-            found: a measurement of each, or None.
+        `whole` holds `step`, `lr`, `taken_lr` and `measured_kl` (None if it was not measured).
         """
         lost = 1 - float(torch.cat([one.in_step.weight for one in micro_batches]).mean())
         numbers = {key: value if key == "step" else _number(value) for key, value in whole.items()}
