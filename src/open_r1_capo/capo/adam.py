@@ -24,21 +24,13 @@ SMALLEST_DECAY = 1e-24  # moments that decayed further are negligible, and 1 / d
 
 @dataclass(frozen=True)
 class AdamRule:
-    """Adam's constants, and the averages they are used with.
+    """Adam's constants, and the averages they are used with."""
 
-    Attributes:
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: ε, added to the root of the bias-corrected second moment.
-        moment_average: `per_logit` or `per_token`.
-        absent_rows: `hold` or `decay`.
-    """
-
-    beta1: float
-    beta2: float
-    eps: float
-    moment_average: str
-    absent_rows: str
+    beta1: float  # decay of the first moment
+    beta2: float  # decay of the second moment
+    eps: float  # ε, added to the root of the bias-corrected second moment
+    moment_average: str  # `per_logit` or `per_token`
+    absent_rows: str  # `hold` or `decay`
 
     def direction(self, first: Tensor, second: Tensor, step: int) -> Tensor:
         """P̂ / (√Q̂ + ε) of the moments as they stand after `step` steps; any shape."""

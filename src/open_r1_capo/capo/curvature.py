@@ -101,17 +101,11 @@ def subset_mean(batch: TokenBatch, values: Tensor, granularity: str) -> Tensor:
 
 @dataclass(frozen=True)
 class VocabularySums:
-    """What the SGD model's closed form needs of the policy over the *full* vocabulary, per token.
+    """What the SGD model's closed form needs of the policy over the *full* vocabulary, per token."""
 
-    Attributes:
-        action_prob: (N,), π_a.
-        square: (N,), Σπ².
-        cube: (N,), Σπ³.
-    """
-
-    action_prob: Tensor
-    square: Tensor
-    cube: Tensor
+    action_prob: Tensor  # (N,), π_a
+    square: Tensor  # (N,), Σπ²
+    cube: Tensor  # (N,), Σπ³
 
 
 def sgd_shifts(batch: TokenBatch, sums: VocabularySums, lr: float) -> tuple[Tensor, Tensor]:

@@ -23,31 +23,19 @@ NO_ID = 2**31 - 1  # sorts behind every vocabulary id
 class TokenBatch:
     """N sampled tokens of the policy, each with a support of K vocabulary ids.
 
-    Attributes:
-        features: x_ND = h/τ, the hidden state that predicts the token over the temperature; floating point.
-        token_ids: (N, K) int64, vocabulary ids of the support.
-        probs: pi_NK, the policy renormalised over the support; 0 on padding slots.
-        action_index: (N,) int64, column of the sampled token.
-        advantages: A_N.
-        groups: (N,) int64, the subset of each token for the granularities `sequence` and `group`.
-
     Raises:
         ValueError: a shape does not fit; the message names the tensor, the expected and the actual shape.
     """
 
-    features: Tensor
-    token_ids: Tensor
-    probs: Tensor
-    action_index: Tensor
-    advantages: Tensor
-    groups: Tensor | None = None
+    features: Tensor  # x_ND = h/τ, the hidden state that predicts the token over the temperature; floating point
+    token_ids: Tensor  # (N, K) int64, vocabulary ids of the support
+    probs: Tensor  # pi_NK, the policy renormalised over the support; 0 on padding slots
+    action_index: Tensor  # (N,) int64, column of the sampled token
+    advantages: Tensor  # A_N
+    groups: Tensor | None = None  # (N,) int64, the subset of each token for the granularities `sequence` and `group`
 
     def __post_init__(self):
-        """Check the shapes; free of synchronisation, so it costs nothing on an accelerator.
-
-        Raises:
-            ValueError: a shape does not fit.
-        """
+        """Check the shapes; free of synchronisation, so it costs nothing on an accelerator (ValueError)."""
         if self.features.dim() != 2 or not self.features.is_floating_point():
             raise ValueError(f"features: expected a floating (N, D), got {_describe(self.features)}")
         if self.token_ids.dim() != 2 or self.token_ids.dtype != torch.int64:
@@ -132,19 +120,12 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class RowGradient:
-    """The last layer's gradient as the vocabulary rows it touches (sums, so that parts can be added).
+    """The last layer's gradient as the vocabulary rows it touches (sums, so that parts can be added)."""
 
-    Attributes:
-        token_ids: (R,) int64, ascending.
-        total: (R, D), Σ_i w_i A_i v_ij x_i over the tokens i whose support holds row j (Eq. 7, not yet averaged).
-        count: (R,), the number of those tokens.
-        tokens: (), the number of all tokens counted, with or without a gradient.
-    """
-
-    token_ids: Tensor
-    total: Tensor
-    count: Tensor
-    tokens: Tensor
+    token_ids: Tensor  # (R,) int64, ascending
+    total: Tensor  # (R, D), Σ_i w_i A_i v_ij x_i over the tokens i whose support holds row j (Eq. 7, not yet averaged)
+    count: Tensor  # (R,), the number of those tokens
+    tokens: Tensor  # (), the number of all tokens counted, with or without a gradient
 
     def mean(self, average: str, rows: slice = slice(None)) -> Tensor:
         """(rows, D), the averaged gradient: over the tokens that hold the row (`per_logit`) or all (`per_token`)."""
@@ -153,23 +134,14 @@ class RowGradient:
 
 @dataclass(frozen=True)
 class RowEntries:
-    """The terms of a batch's gradient rows, sorted by vocabulary id: row r sums its slice of E entries.
+    """The terms of a batch's gradient rows, sorted by vocabulary id: row r sums its slice of E entries."""
 
-    Attributes:
-        token_ids: (R,) int64, ascending.
-        offsets: (R + 1,) int64; the entries of row r are offsets[r] to offsets[r + 1].
-        token: (E,) int64, the token of each entry, ascending within a row.
-        coefficient: (E,), w A v of each entry.
-        count: (R,), the number of tokens with a gradient whose support holds the row.
-        tokens: (), the number of all tokens counted.
-    """
-
-    token_ids: Tensor
-    offsets: Tensor
-    token: Tensor
-    coefficient: Tensor
-    count: Tensor
-    tokens: Tensor
+    token_ids: Tensor  # (R,) int64, ascending
+    offsets: Tensor  # (R + 1,) int64; the entries of row r are offsets[r] to offsets[r + 1]
+    token: Tensor  # (E,) int64, the token of each entry, ascending within a row
+    coefficient: Tensor  # (E,), w A v of each entry
+    count: Tensor  # (R,), the number of tokens with a gradient whose support holds the row
+    tokens: Tensor  # (), the number of all tokens counted
 
     def sums(self, rows: slice, features: Tensor, scratch_bytes: int) -> Tensor:
         """(rows, D), Σ of coefficient · x over the entries of each row of a slice of the R rows, in token order."""

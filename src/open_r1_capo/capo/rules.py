@@ -51,16 +51,10 @@ class TokenRule:
         shifts: tuple[Tensor, Tensor],
         generator: torch.Generator | None = None,
     ) -> TokenSelection:
-        """Weigh the tokens of one micro-batch.
+        """Weigh the N tokens of one micro-batch.
 
-        Args:
-            tokens: N tokens.
-            log_mass: (N,), log of the policy's probability of each support.
-            shifts: m_F and m_H, (N,) each.
-            generator: for a rule that draws, on the CPU.
-
-        Returns:
-            The weight of each token and the reason for it.
+        `log_mass` (N,) is the log of the policy's probability of each support, `shifts` are m_F and m_H, (N,) each;
+        `generator`, on the CPU, is for a rule that draws.
         """
         judged = observed(*shifts)
         return replace(judged, weight=judged.weight.new_ones(judged.weight.shape))

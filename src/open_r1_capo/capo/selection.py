@@ -13,25 +13,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenSelection:
-    """The outcome for N tokens.
+    """The outcome for N tokens."""
 
-    Attributes:
-        weight: (N,) in [0, 1]; 0 leaves the token out.
-        policy_shift: (N,), the shift that was judged.
-        objective_shift: (N,), the shift that was judged.
-        over_policy: (N,) bool, m_F above its bound (`Mask` rejects it, `Scale` shortens it).
-        over_objective: (N,) bool, m_H outside its bounds.
-        non_finite: (N,) bool, a shift is NaN or infinite; always rejected.
-        other: (N,) bool, a rule that is not Eq. 11's has lowered the weight.
-    """
-
-    weight: Tensor
-    policy_shift: Tensor
-    objective_shift: Tensor
-    over_policy: Tensor
-    over_objective: Tensor
-    non_finite: Tensor
-    other: Tensor
+    weight: Tensor  # (N,) in [0, 1]; 0 leaves the token out
+    policy_shift: Tensor  # (N,), the shift that was judged
+    objective_shift: Tensor  # (N,), the shift that was judged
+    over_policy: Tensor  # (N,) bool, m_F above its bound (`Mask` rejects it, `Scale` shortens it)
+    over_objective: Tensor  # (N,) bool, m_H outside its bounds
+    non_finite: Tensor  # (N,) bool, a shift is NaN or infinite; always rejected
+    other: Tensor  # (N,) bool, a rule that is not Eq. 11's has lowered the weight
 
     @staticmethod
     def cat(parts: Sequence[TokenSelection]) -> TokenSelection:

@@ -106,13 +106,8 @@ def policy_support(
 ) -> Support:
     """The policy on its top k and the sampled token, without ever holding all N×V logits.
 
-    Args:
-        model: for its LM head; the shards of ZeRO-3 and FSDP are gathered for the duration.
-        hidden: (N, D), from `predicting`.
-        actions: (N,) int64, the sampled tokens.
-        temperature: τ, which divides the logits.
-        top_k: k; K is k + 1, or V if k covers the vocabulary.
-        with_sums: also sum π² and π³ over the full vocabulary.
+    `hidden` is (N, D), from `predicting`; `actions` (N,) int64 are the sampled tokens; `temperature` τ divides the logits;
+    K is `top_k` + 1, or V if that covers the vocabulary; `with_sums` adds Σπ² and Σπ³. The head's shards are gathered.
     """
     parts = [
         _chunk_support(logits, actions[part], top_k, with_sums)

@@ -46,16 +46,10 @@ def measure(
     temperature: float,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Measured:
-    """Measure a step that was taken, on one micro-batch's tokens or on those of a share of its sequences.
+    """Measure a step that was taken, on a micro-batch as it was before it, or on a `share` in (0, 1] of its sequences.
 
-    TRL has shuffled the sequences, so the first ones are a random part.
-
-    Args:
-        policy: the model after the step, without wrappers.
-        micro_batch: as it was before the step.
-        share: of its sequences, in (0, 1].
-        temperature: τ, which divides the logits.
-        autocast: the context of the forward pass.
+    TRL has shuffled the sequences, so the first ones are a random part. `policy` is the model after the step, without
+    wrappers; `temperature` τ divides the logits.
     """
     chosen = torch.zeros_like(micro_batch.mask)
     chosen[: max(1, round(share * len(micro_batch.mask)))] = True
@@ -80,16 +74,9 @@ def metrics(
 ) -> dict[str, float]:
     """Means over the measured tokens of all ranks, and how well m_F ranks them.
 
-    Args:
-        accelerator: knows the ranks.
-        micro_batches: this rank's.
-        found: a measurement of each.
-
-    Returns:
-        `measured_kl`, `measured_kl_head`, `measured_objective`, means over the finite measurements (NaN if none is,
-        0 without a token), `measured_non_finite`, the share of the KLs that are not, and `kl_spearman`: the rank
-        correlation of the policy shift with the measured KL over the tokens with a gradient (left out where there is
-        none).
+    `measured_kl`, `measured_kl_head` and `measured_objective` are means over the finite measurements (NaN if none is, 0
+    without a token), `measured_non_finite` is the share of the KLs that are not, and `kl_spearman` the rank correlation of
+    m_F with the measured KL over the tokens with a gradient (left out where it is not defined).
     """
     totals = torch.zeros(3, 3, dtype=torch.float64)  # sum and count of each mean, and the count of all tokens
     for one in found:

@@ -93,12 +93,7 @@ class RunTrainer(GRPOTrainer):
         return self._rewards
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the counters and the step's seconds to what TRL logs.
-
-        Args:
-            logs: TRL's and transformers' values, changed in place.
-            start_time: as `Trainer.log`.
-        """
+        """Add the counters and the step's seconds to what TRL logs."""
         if self.model.training and "loss" in logs:
             total = self.seconds.pop("total", 0.0)
             train = total - sum(self.seconds.values())

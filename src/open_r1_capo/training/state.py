@@ -33,11 +33,7 @@ def save_state(folder: Path, state: dict[str, Any], numbers: dict[str, Any]) -> 
 
 
 def load_state(folder: Path, load: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
-    """Read `save_state`'s file.
-
-    Args:
-        folder: a checkpoint folder.
-        load: takes the state dict and the numbers; a ValueError of it says what does not fit.
+    """Read `save_state`'s file and hand state dict and numbers to `load`, whose ValueError says what does not fit.
 
     Raises:
         CheckpointError: the file is missing, unreadable, of another version, or of another model or other settings.
