@@ -106,8 +106,9 @@ def policy_support(
 ) -> Support:
     """The policy on its top k and the sampled token, without ever holding all N×V logits.
 
-    `hidden` is (N, D), from `predicting`; `actions` (N,) int64 are the sampled tokens; `temperature` τ divides the logits;
-    K is `top_k` + 1, or V if that covers the vocabulary; `with_sums` adds Σπ² and Σπ³. The head's shards are gathered.
+    `hidden` is (N, D), from `predicting`; `actions` (N,) int64 are the sampled tokens; `temperature` τ divides the
+    logits; K is `top_k` + 1, or V if that covers the vocabulary; `with_sums` adds Σπ² and Σπ³. The head's shards are
+    gathered.
     """
     parts = [
         _chunk_support(logits, actions[part], top_k, with_sums)

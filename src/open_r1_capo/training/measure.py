@@ -74,9 +74,9 @@ def metrics(
 ) -> dict[str, float]:
     """Means over the measured tokens of all ranks, and how well m_F ranks them.
 
-    `measured_kl`, `measured_kl_head` and `measured_objective` are means over the finite measurements (NaN if none is, 0
-    without a token), `measured_non_finite` is the share of the KLs that are not, and `kl_spearman` the rank correlation of
-    m_F with the measured KL over the tokens with a gradient (left out where it is not defined).
+    `measured_kl`, `measured_kl_head` and `measured_objective` are means over the finite measurements (NaN if none is,
+    0 without a token), `measured_non_finite` is the share of the KLs that are not, and `kl_spearman` the rank
+    correlation of m_F with the measured KL over the tokens with a gradient (left out where it is not defined).
     """
     totals = torch.zeros(3, 3, dtype=torch.float64)  # sum and count of each mean, and the count of all tokens
     for one in found:
