@@ -7,7 +7,7 @@
 Whatever the loss is, TRL's policy-gradient trainers ask the model for the log-probabilities of the sampled tokens. The
 callback keeps what the model was asked in each backward pass, and after the optimizer's step asks the same again: the
 KL of the step is estimated from the two (`sampled_kl`), and the step is moved until it fits (`KLBudget`). Works with
-LoRA, vLLM, gradient accumulation and clipping, DDP and FSDP; not with DeepSpeed, which steps inside backward.
+LoRA, gradient accumulation and clipping, and reused batches; not with DeepSpeed, which steps inside backward.
 """
 
 from __future__ import annotations
