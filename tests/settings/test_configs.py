@@ -256,7 +256,7 @@ def test_groups_can_be_chosen_on_any_recipe(recipe, groups, same, scale):
 
 def test_a_rule_meets_every_budget_and_method():
     for path in RULE_FILES:
-        for budget in ("planned", "adapted", "norm_skip", "target"):
+        for budget in ("planned", "adapted", "norm_skip", "target", "verify"):
             build(compose_recipe("reinforce_aggressive", [f"rule={path.stem}", f"budget={budget}"]))
 
 
@@ -343,3 +343,11 @@ def test_feedback_needs_a_measurement():
         capo_config(mode="observe", absent_rows="decay", step_policy_shift=1e-3, measure_kl=0)
     capo_config(mode="observe", absent_rows="decay", step_policy_shift=1e-3, measure_kl=0, step_feedback=False)
     assert not capo_config(mode="observe", step_policy_shift=math.inf).step.acts
+
+
+@pytest.mark.parametrize("override", ["learning_rate=1e-3", "lr_scheduler_type=linear", "warmup_steps=5"])
+def test_a_rate_that_a_budget_replaces_is_refused(override):
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"{key} has no effect with budget.rule=target"):
+        compose_recipe("grpo_budget", [override])
+    assert compose_recipe("grpo_budget", [override, "budget.rule=verify"])[key]

@@ -19,6 +19,7 @@ from open_r1_capo.tasks.source import problem_source
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 TABLES = ("regimes", "thresholds")  # of a scale or a rule, read by the groups through interpolation
+RATES = ("learning_rate", "lr_scheduler_type", "warmup_steps")  # a budget that is the target replaces them
 ANY_SOURCE = ("name", "path", "max_prompt_tokens")  # settings of `data` that every source reads
 
 
@@ -109,6 +110,8 @@ def _unread(key: str, settings: dict[str, Any]) -> str | None:
             reason = f"data.path={data['path']}" if data.get("path") else f"data.name={data.get('name')}"
     elif group == "budget" and name != "rule" and budget.get("rule", "none") == "none":
         reason = "budget.rule=none"
+    elif key in RATES and budget.get("rule") == "target":
+        reason = "budget.rule=target"
     elif key == "token_records" and capo.get("mode") == "off":
         reason = "capo.mode=off"
     elif key == "evaluation.every" and not evaluation.get("suite"):
