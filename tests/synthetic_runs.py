@@ -28,7 +28,9 @@ def metrics(arm, seed, steps=100, noise=0.03):
             "capo/kl_spearman": float(rng.uniform(0.4, 0.7)), "capo/step_scale": 1.0, "capo/skipped_step": 0.0,
             **{f"capo/policy_shift/{k}": float(kl * f) for k, f in (("mean", 1), ("p99", 30))},
             **{f"capo/objective_shift/{k}": float(kl * f * rng.normal(1, 1)) for k, f in (("mean", 3), ("p99", 90))},
-            "time/generate": 0.2, "time/reward": 0.01, "time/curvature": 0.04, "time/measure": 0.05, "time/train": 0.3,
+            "budget/kl": float(kl), "budget/nats": float(kl * rng.uniform(0.7, 1.2)), "budget/passes": 2.0,
+            "budget/taken_back": float(step % 50 == 0), "time/generate": 0.2, "time/reward": 0.01,
+            "time/curvature": 0.04, "time/measure": 0.05, "time/train": 0.3,
             "time/total": 0.6,
         })  # fmt: skip
     return rows

@@ -56,6 +56,8 @@ EXPERIMENTS = {
           grid: {learning_rate: [4.0e-4, 1.6e-3]}}]}""",
     "tuning_rivals": "{title: rivals, extends: tuning_methods}",
     "tuning_mask": "{title: mask, extends: tuning_methods}",
+    "tuning_budget": "{title: budgets, extends: tuning_methods}",
+    "no_rate": "{title: no rate, extends: fig2}",
     "tuning_sgd": "{title: SGD, extends: tuning_methods}",
     "common": "{}",
 }

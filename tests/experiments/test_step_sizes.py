@@ -6,7 +6,7 @@ import pytest
 import synthetic_runs
 from open_r1_capo.experiments import spec as experiments
 from open_r1_capo.experiments.figures import __main__ as figures
-from open_r1_capo.experiments.figures import curves, stability, tables
+from open_r1_capo.experiments.figures import budgets, curves, stability, tables
 
 
 def runs_of(name, monkeypatch, tmp_path):
@@ -43,3 +43,14 @@ def test_the_costs_of_a_grids_arms_stay_apart(monkeypatch, tmp_path):
     found = tables.efficiency(data).numbers["arms"]
     assert len(found) == len(data.lines) == 17
     assert list(found)[:2] == ["GRPO", "GRPO planned, learning_rate=0.0001"]
+
+
+def test_what_became_of_a_budget(monkeypatch, tmp_path):
+    experiment, data = runs_of("no_rate", monkeypatch, tmp_path)
+    rows = [row for seed in experiment.seeds for row in synthetic_runs.metrics(experiment.arms[0], seed)]
+    found = budgets.budgets(data).numbers["arms"]["GRPO"]
+    shares = [row["budget/kl"] / row["budget/nats"] for row in rows]
+    assert found["largest"] == pytest.approx(max(shares))
+    assert found["over"] == sum(share > 1.5 for share in shares)
+    assert (found["steps"], found["taken_back"], found["passes"]) == (200, 4, 2.0)
+    assert found["second_half"][1] == pytest.approx(np.mean([row["reward"] for row in rows[150:]]))

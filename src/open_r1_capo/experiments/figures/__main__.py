@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from open_r1_capo.experiments import spec as experiments
-from open_r1_capo.experiments.figures import calibration, curves, paper, stability, tables
+from open_r1_capo.experiments.figures import budgets, calibration, curves, paper, stability, tables
 from open_r1_capo.experiments.figures.curves import TEST, Data
 from open_r1_capo.experiments.figures.drawing import Result, draw, save
 from open_r1_capo.runs.exit import BAD_INPUT, UserError, run_cli
@@ -39,6 +39,7 @@ class Entry:
 STABILITY = Entry(stability.stability, ("capo/measured_kl",))
 STEP_SIZES = Entry(stability.step_sizes, ("grad_norm", "capo/measured_kl"))
 TUNING = Entry(tables.tuning, tables.ACTS)
+BUDGETS = Entry(budgets.budgets, budgets.KEYS)
 TRANSFER = Entry(tables.transfer, tables.ACTS, scales=True)
 FIGURES = {
     "fig1": Entry(panels=paper.fig1),
@@ -61,6 +62,8 @@ FIGURES = {
     "tuning_rivals": TUNING,
     "tuning_mask": TUNING,
     "tuning_sgd": TUNING,
+    "tuning_budget": BUDGETS,
+    "no_rate": BUDGETS,
     "efficiency": Entry(tables.efficiency, (TEST,)),
     "transfer": TRANSFER,
     "transfer_batch": TRANSFER,
