@@ -218,6 +218,13 @@ def test_documented_links_exist():
             assert (path.parent / target).exists(), (path.name, target)
 
 
+def test_named_files_exist():
+    """Files of ours that a document names in backticks, from the root or from the package."""
+    for path in documents():
+        for name in re.findall(r"`((?:[a-z_]+/)+[a-z_0-9]+\.py)`", path.read_text()):
+            assert any((base / name).exists() for base in (ROOT, HOME, path.parent)), (path.name, name)
+
+
 def test_no_path_of_one_machine():
     for path in TRACKED:
         if path.is_file() and path.suffix in (".py", ".yaml", ".md", ".slurm", ".mk", ".toml"):

@@ -150,15 +150,58 @@ def test_a_gradient_that_is_not_finite_spoils_no_moments():
     assert not policy.optimizer.state
 
 
-def test_no_gradient_at_all_moves_nothing():
-    """Adam's momentum is what is left: it fills the budget or, without any, nothing happens."""
-    policy = Policy(torch.optim.SGD)
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("known", [False, True], ids=["at first", "later"])
+def test_steps_without_a_gradient_lengthen_nothing(kind, known):
+    """Batches of equal rewards, from the first step on or later: α stays, and the next real step keeps its budget."""
+    policy = Policy(kind)
+    budget = KLBudget(policy.optimizer, nats=1e-3)
+    for _ in range(3 * known):
+        policy.backward()
+        budget.step(policy.kl)
+    alpha = budget.alpha
+    for _ in range(4):
+        policy.backward()
+        policy.logits.grad.zero_()
+        assert budget.step(policy.kl).kl <= 1.5e-3
+        assert budget.alpha <= alpha
+    before = policy.logits.detach().clone()
+    policy.backward()
+    taken = budget.step(policy.kl)
+    assert policy.kl() == pytest.approx(taken.kl, rel=1e-6, abs=1e-12)
+    assert policy.kl() <= 1.5e-3
+    assert (policy.logits - before).abs().max() < 1
+
+
+def test_a_kl_that_nothing_raises_does_not_lengthen_without_end():
+    policy = Policy()
     budget = KLBudget(policy.optimizer, nats=1e-3)
     policy.backward()
-    policy.logits.grad.zero_()
-    taken = budget.step(policy.kl)
-    assert taken.kl == 0.0
-    assert math.isfinite(budget.alpha)
+    budget.step(policy.kl)
+    alpha = budget.alpha
+    policy.backward()
+    budget.step(lambda: 0.0)
+    assert budget.alpha <= 101 * alpha
+
+
+def test_settling_a_step_that_was_not_begun_is_refused():
+    budget = KLBudget(Policy().optimizer, nats=1e-3)
+    with pytest.raises(ValueError, match=r"settle\(\) without begin\(\)"):
+        budget.settle(lambda: 0.0, 1e-3)
+
+
+def test_a_copied_step_keeps_its_direction_in_float32():
+    """The first step is almost nothing: its direction must not be what the rounding of the parameters leaves."""
+    torch.manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(4000))
+    optimizer = torch.optim.RMSprop([parameter], lr=1.0)
+    budget = KLBudget(optimizer, nats=1e-3)
+    old = parameter.detach().clone()
+    parameter.grad = torch.randn(4000)
+    budget.step(lambda: float((parameter.detach() - old).square().mean()))
+    direction = parameter.detach() - old
+    exact = -parameter.grad / (0.1 * parameter.grad.abs() + 1e-8)
+    assert torch.cosine_similarity(direction, exact, dim=0) > 0.999
 
 
 def test_it_goes_on_exactly():
@@ -177,13 +220,6 @@ def test_it_goes_on_exactly():
     second.load_state_dict(first.state_dict())
     assert run(3, second, policy) == expected
     assert torch.equal(policy.logits, whole.logits)
-
-
-def test_what_was_made_of_the_parameters_is_refreshed():
-    policy, moves = Policy(lr=10.0), []
-    budget = KLBudget(policy.optimizer, nats=1e-3, rule="verify", after_move=lambda: moves.append(1))
-    policy.backward()
-    assert len(moves) < budget.step(policy.kl).passes == len(moves) + 1
 
 
 def test_sampled_kl_measures_it_too():

@@ -351,3 +351,14 @@ def test_a_rate_that_a_budget_replaces_is_refused(override):
     with pytest.raises(ConfigError, match=f"{key} has no effect with budget.rule=target"):
         compose_recipe("grpo_budget", [override])
     assert compose_recipe("grpo_budget", [override, "budget.rule=verify"])[key]
+
+
+def test_deepspeed_and_a_budget_are_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match="budget.rule=target cannot stop DeepSpeed's step"):
+        build(compose_recipe("grpo_budget", []))
+
+
+def test_what_a_budget_measures_is_its_own_share():
+    with pytest.raises(ConfigError, match="capo.measure_kl has no effect with budget.rule=target"):
+        compose_recipe("grpo_budget", ["capo.measure_kl=0.1"])

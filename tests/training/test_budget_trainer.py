@@ -122,7 +122,7 @@ def test_it_goes_on_exactly(build, tmp_path):
     [
         ({"rule": "aim"}, "budget.rule must be one of none, target, verify"),
         ({"rule": "target"}, "needs either budget.nats or budget.entropy_share"),
-        ({"rule": "target", "nats": 1e-3, "entropy_share": 0.1}, "needs either budget.nats or budget.entropy_share"),
+        ({"rule": "target", "nats": 1e-3, "entropy_share": 0.1}, "are both set: add budget.entropy_share=null"),
         ({"rule": "target", "nats": 0.0}, "budget.nats must be greater than 0"),
         ({"rule": "target", "nats": 1e-3, "share": 0.0}, "budget.share must be above 0"),
         ({"rule": "target", "nats": 1e-3, "schedule": "cosine"}, "budget.schedule must be one of"),

@@ -168,3 +168,24 @@ def test_a_gradient_that_is_not_finite_moves_nothing(tiny_policy, tiny_tokenizer
     before = tiny_trainer.parameters(trainer).clone()
     trainer.train()
     assert torch.equal(tiny_trainer.parameters(trainer), before)
+
+
+def test_dropout_is_refused(tiny_policy, tiny_tokenizer, tmp_path):
+    trainer = build(tiny_policy, tiny_tokenizer, tmp_path, KLBudgetCallback(nats=1e-3))
+    trainer.model.config.attention_dropout = 0.1
+    with pytest.raises(ValueError, match="set disable_dropout=True"):
+        trainer.train()
+
+
+def test_one_object_twice_is_refused(tiny_policy, tiny_tokenizer, tmp_path):
+    callback = KLBudgetCallback(nats=1e-3)
+    trainer = build(tiny_policy, tiny_tokenizer, tmp_path, callback)
+    trainer.add_callback(callback)
+    with pytest.raises(ValueError, match="add it once"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("options", [{"tolerance": 0.5}, {"max_passes": 0}])
+def test_options_are_checked_at_once(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        KLBudgetCallback(nats=1e-3, **options)

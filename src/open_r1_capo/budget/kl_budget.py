@@ -14,7 +14,11 @@ the parameters (`line.py`). The moments are those of an ordinary step.
 | `verify` | the scheduled rate is the upper end: a longer KL is pulled back |
 
 A step is accepted if its KL is at most `tolerance` × the budget (and for `target` at least the budget / `tolerance`,
-while passes are left). If the passes run out above the budget, the step is taken back whole: the guarantee holds.
+while passes are left). If the passes run out above the budget, the longest step that was measured to fit is kept, or
+none. What is bounded is what `measure` returns: an estimate, or a lower bound, bounds no more than itself.
+
+A step whose gradient is zero everywhere is never lengthened: it has no signal, and Adam's momentum alone would fill
+the budget with a random walk.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from typing import Any
 
 import torch
 
-from open_r1_capo.budget.line import COPY_BYTES, line_of
+from open_r1_capo.budget.line import COPY_BYTES, CopiedLine, line_of
 
 RULES = ("target", "verify")
 SHAPES: dict[str, Callable[[float], float]] = {
@@ -37,6 +41,8 @@ SHAPES: dict[str, Callable[[float], float]] = {
 }
 SMALLEST = 1e-7  # α of the first step: almost nothing, whatever the policy
 STRETCH = 10.0  # largest change of α between two passes; the KL of a very short step is rounding
+LENGTHENED = 100.0  # most that a step is lengthened once α is known, however small its KL is measured
+REPRESENTABLE = 1e-3  # a rate at which a step is not lost in the rounding of the parameters
 ROUNDING = -1e-9  # nats; an estimate may be negative by its rounding, not by more
 
 
@@ -103,13 +109,12 @@ class KLBudget:
         max_passes: measurements of a step, at least 1.
         schedule: of the budget; constant by default.
         copy_bytes: largest copy of parameters, for an optimizer that needs one.
-        after_move: called whenever the parameters have been moved, to refresh what was made of them.
 
     Raises:
         ValueError: an argument out of range, or an optimizer whose step cannot be pulled back.
     """
 
-    def __init__(  # noqa: PLR0913 (options by name)
+    def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         nats: float | None = None,
@@ -120,7 +125,6 @@ class KLBudget:
         max_passes: int = 8,
         schedule: Schedule = Schedule(),
         copy_bytes: int = COPY_BYTES,
-        after_move: Callable[[], None] | None = None,
     ):
         if (nats is None) == (entropy_share is None):
             raise ValueError("give either nats or entropy_share")
@@ -136,13 +140,14 @@ class KLBudget:
         self.optimizer = _unwrapped(optimizer)
         self.line = line_of(self.optimizer, copy_bytes)
         self.nats, self.entropy_share, self.rule = nats, entropy_share, rule
-        self.tolerance, self.max_passes, self.after_move = tolerance, max_passes, after_move
+        self.tolerance, self.max_passes = tolerance, max_passes
         self.schedule = schedule
         self.alpha = SMALLEST  # of the next step, under `target`
         self.steps = self.taken_back = 0
         self._last_nats: float | None = None
         self._scheduled: list[Any] = []
-        self._takes = True  # the coming step
+        self._begun = self._takes = self._signal = False  # of the coming step
+        self._start = 1.0  # where on its line the first measurement is made
 
     def budget(self, nats: float | None = None, entropy: float | None = None) -> float:
         """The coming step's budget in nats.
@@ -195,7 +200,8 @@ class KLBudget:
         """
         groups = self.optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        self._takes = not gradients or bool(torch.stack([g.detach().sum().isfinite() for g in gradients]).all())
+        sums = torch.stack([g.detach().abs().sum() for g in gradients]) if gradients else torch.zeros(1)
+        self._begun, self._takes, self._signal = True, bool(sums.isfinite().all()), bool((sums > 0).any())
         if not self._takes:
             return False
         self._scheduled = [group["lr"] for group in groups]
@@ -203,8 +209,11 @@ class KLBudget:
             if self._last_nats:  # the budget has changed: so has the step that fills it
                 self.alpha *= min(STRETCH, max(1 / STRETCH, math.sqrt(nats / self._last_nats)))
             largest = max(float(lr) for lr in self._scheduled)
+            # a copy knows the direction by the difference that the step makes: it must not be rounded away
+            rate = max(self.alpha, REPRESENTABLE) if isinstance(self.line, CopiedLine) else self.alpha
+            self._start = self.alpha / rate
             for group, lr in zip(groups, self._scheduled, strict=True):
-                group["lr"] = self.alpha * (float(lr) / largest if largest else 1.0)
+                group["lr"] = rate * (float(lr) / largest if largest else 1.0)
         self.line.begin()
         return True
 
@@ -217,11 +226,20 @@ class KLBudget:
 
         Returns:
             What became of the step; the scheduled learning rates are restored.
+
+        Raises:
+            ValueError: `begin` was not called, or a measurement that is no KL.
         """
+        if not self._begun:
+            raise ValueError("settle() without begin(): the optimizer has taken its step by itself, unbounded")
+        self._begun = False
         if not self._takes:
             return self._record(Taken(0.0, nats, 0.0, 0, taken_back=True))
         rate = max(float(group["lr"]) for group in self.optimizer.param_groups)
-        s, low, high = 1.0, None, None  # (s, KL) of the longest step that fits, and of the shortest that does not
+        s, low, high = self._start, None, None  # (s, KL) of the longest step that fits, and the shortest that does not
+        if s != 1:
+            self.line.move(s)
+        longest = s * (LENGTHENED if self._last_nats else math.inf)
         kl = math.nan
         for passes in range(1, self.max_passes + 1):
             kl = self._measured(measure)
@@ -229,31 +247,32 @@ class KLBudget:
                 low = (s, kl)
             else:
                 high = (s, kl)
-            if self._fits(kl, nats) or passes == self.max_passes:
+            following = min(_next_length(nats, low, high), longest)
+            if self._fits(kl, nats) or passes == self.max_passes or following == s:
                 break
-            s = _next_length(nats, low, high)
-            self._move(s)
+            s = following
+            self.line.move(s)
         fits = kl <= self.tolerance * nats
         if not fits and low:  # the longest step that fits is on the way back
             s, kl = low
-            self._move(s)
+            self.line.move(s)
         elif not fits:
             s, kl = 0.0, 0.0
-            self._move(s)
+            self.line.move(s)
         for group, lr in zip(self.optimizer.param_groups, self._scheduled, strict=True):
             group["lr"] = lr
-        if self.rule == "target":
-            self.alpha = rate * s if s else rate / STRETCH
+        if self.rule == "target" and (self._signal or high):
+            self.alpha = rate * s if s else rate * self._start / STRETCH
             self._last_nats = nats
         return self._record(Taken(kl, nats, rate * s, passes, taken_back=s == 0))
 
     def _fits(self, kl: float, nats: float) -> bool:
-        return kl <= self.tolerance * nats and (self.rule == "verify" or kl >= nats / self.tolerance)
+        lengthens = self.rule == "target" and self._signal
+        return kl <= self.tolerance * nats and (not lengthens or kl >= nats / self.tolerance)
 
-    def _move(self, s: float) -> None:
-        self.line.move(s)
-        if self.after_move:
-            self.after_move()
+    def skip(self) -> None:
+        """Count an update that is not taken at all, so that the schedule goes on."""
+        self.steps += 1
 
     @staticmethod
     def _measured(measure: Callable[[], float]) -> float:

@@ -14,6 +14,7 @@ from open_r1_capo.cluster.job import SrunStep
 from open_r1_capo.cluster.vllm import COMMAND_LINE, DEVELOPMENT, FOR_TRAINING, WEIGHTS_BY_NCCL, serve_command
 from open_r1_capo.runs.exit import UserError
 from open_r1_capo.settings.batch import MICRO, largest_micro_batch
+from open_r1_capo.settings.budget import default_accelerator
 from open_r1_capo.settings.recipes import compose_recipe
 from open_r1_capo.settings.run import DataConfig
 
@@ -186,7 +187,7 @@ def trainer_step(
     if plain:
         command = ["--cpu", "--num_machines", "1", "--num_processes", "1", "--dynamo_backend", "no"]
     else:
-        config = f"recipes/accelerate_configs/{options.accelerator or 'zero2'}.yaml"
+        config = f"recipes/accelerate_configs/{options.accelerator or default_accelerator(settings)}.yaml"
         command = ["--config_file", config, "--num_machines", str(len(share.nodes)), "--num_processes", str(processes)]
         command += ["--main_process_ip", allocation.address(share.nodes[0])]
         command += ["--main_process_port", str(allocation.port), "--rdzv_backend", "static"]

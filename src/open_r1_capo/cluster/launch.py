@@ -44,7 +44,11 @@ def parser() -> Parser:
     one.add_argument("--recipe", default="capo_aggressive", metavar="NAME", help=f"of {', '.join(known_recipes())}")
     one.add_argument("--scale", default="qwen2.5-math-7b", metavar="NAME", help="of recipes/scale/")
     one.add_argument("--seed", default=None, help="a number; or, to submit an array of jobs, such as 0-4 (default 0)")
-    one.add_argument("--accelerator", choices=ACCELERATORS, help="by default zero2; on CPUs one plain process")
+    one.add_argument(
+        "--accelerator",
+        choices=ACCELERATORS,
+        help="by default zero2, fsdp with a KL budget; on CPUs one plain process",
+    )
     one.add_argument("--generation", choices=GENERATIONS, help="by default the scale's")
     one.add_argument("--nodes", type=positive, help="by default the job's; 1 when submitting")
     one.add_argument("--gpus-per-node", type=positive, help=f"by default the job's; {GPUS_PER_NODE} when submitting")

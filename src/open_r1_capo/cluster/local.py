@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from open_r1_capo.cluster.vllm import gpu_memory
+from open_r1_capo.settings.budget import default_accelerator
 from open_r1_capo.settings.recipes import RECIPES, compose_recipe
 
 GRPO = Path(__file__).resolve().parents[1] / "grpo.py"
@@ -16,13 +17,13 @@ LAUNCHED = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")  # set by torchrun and a
 
 
 def local_command(recipe: str, overrides: Sequence[str], settings: Mapping[str, Any], gpus: int) -> list[str] | None:
-    """The command that trains with one process a GPU, under ZeRO-2, which keeps float32 weights for Adam.
+    """The command that trains with one process a GPU, under `default_accelerator`.
 
     It is None where training belongs into this process: the recipe runs on the CPU, or there is no GPU.
     """
     if settings.get("use_cpu") or not gpus:
         return None
-    config = RECIPES / "accelerate_configs" / "zero2.yaml"
+    config = RECIPES / "accelerate_configs" / f"{default_accelerator(settings)}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     return [*command, "--num_processes", str(gpus), str(GRPO), "--config-name", recipe, *overrides]
 

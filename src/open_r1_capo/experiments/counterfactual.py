@@ -136,7 +136,7 @@ class Counterfactual:
         data = replace(config.data, problems=problems)
         source = problem_source(data.name, data.path)
         if not source.measured or config.capo.mode != "observe":
-            raise ConfigError(f"{folder} is not a run of the lab with capo.mode=observe, such as grpo_aggressive")
+            raise ConfigError(f"{folder} has no held-out problems or no capo.mode=observe, such as grpo_aggressive")
         self.problems = source.training(data, args.seed).to_list()
         self.model: str | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="counterfactual-")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from open_r1_capo.settings.values import at_least
 
@@ -31,8 +33,12 @@ class BudgetConfig:
         for name, known in (("rule", RULES), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.on and (self.nats is None) == (self.entropy_share is None):
+        if self.on and self.nats is None and self.entropy_share is None:
             raise ValueError(f"rule={self.rule} needs either budget.nats or budget.entropy_share")
+        if self.on and self.nats is not None and self.entropy_share is not None:
+            raise ValueError(
+                "nats and budget.entropy_share are both set: add budget.entropy_share=null, or leave nats out"
+            )
         for name in ("nats", "entropy_share"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -48,3 +54,11 @@ class BudgetConfig:
     def on(self) -> bool:
         """Whether steps are measured and moved."""
         return self.rule != "none"
+
+
+def default_accelerator(settings: Mapping[str, Any]) -> str:
+    """The accelerate configuration of a composed recipe on GPUs: ZeRO-2 keeps float32 weights for Adam.
+
+    It steps inside the backward pass, where no KL budget can act: there FSDP.
+    """
+    return "zero2" if (settings.get("budget") or {}).get("rule", "none") == "none" else "fsdp"

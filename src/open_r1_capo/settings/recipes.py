@@ -104,6 +104,8 @@ def _unread(key: str, settings: dict[str, Any]) -> str | None:
         reason = unread(name, capo)
         if name == "denominator" and settings.get("loss_type") == "dr_grpo":
             reason = reason or "loss_type=dr_grpo"
+        if name == "measure_kl" and budget.get("rule", "none") != "none":
+            reason = f"budget.rule={budget['rule']} (budget.share says what is measured)"
     elif group == "data" and name not in ANY_SOURCE:
         source = problem_source(str(data.get("name")), data.get("path"))
         if name not in source.reads:

@@ -51,11 +51,15 @@ def check_machine(config: RunConfig) -> None:
             f"the scale {config.scale} needs a GPU and this machine has none; here, "
             f"`make train RECIPE={config.recipe} SCALE=lab` runs"
         )
-    if math.isfinite(config.capo.skip_gradient_norm) and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise ConfigError(
-            "capo.skip_gradient_norm cannot stop DeepSpeed's step, which it takes within its backward pass: launch "
-            "with --accelerator fsdp or ddp"
-        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return
+    for name, on in {"capo.skip_gradient_norm": math.isfinite(config.capo.skip_gradient_norm),
+                     f"budget.rule={config.budget.rule}": config.budget.on}.items():  # fmt: skip
+        if on:
+            raise ConfigError(
+                f"{name} cannot stop DeepSpeed's step, which it takes within its backward pass: launch with "
+                "--accelerator fsdp or ddp"
+            )
 
 
 def grpo_config(values: dict[str, Any]) -> GRPOConfig:

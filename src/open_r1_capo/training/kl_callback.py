@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from open_r1_capo.budget import KLBudget, Schedule, Taken, sampled_kl
+from open_r1_capo.runs.run import write_atomically
 
 logger = logging.getLogger(__name__)
 STATE = "kl_budget.json"  # in each checkpoint folder
@@ -70,8 +71,8 @@ class KLBudgetCallback(TrainerCallback):
         if not 0 < share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, got {share}")
         Schedule(schedule, total_steps=1)
-        KLBudget(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), nats, entropy_share=entropy_share, rule=rule)
         self.options = {"nats": nats, "entropy_share": entropy_share, "rule": rule, **options}
+        KLBudget(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), **self.options)  # checks them
         self.share, self.shape = share, schedule
         self.budget: KLBudget | None = None
         self.taken: Taken | None = None
@@ -88,13 +89,16 @@ class KLBudgetCallback(TrainerCallback):
         Raises:
             ValueError: the optimizer's step cannot be pulled back, or another callback has taken over.
         """
-        if getattr(optimizer, "kl_budget", None) not in (None, self):
+        if self._hook is not None or getattr(optimizer, "kl_budget", None) not in (None, self):
             raise ValueError("this trainer has a KLBudgetCallback already: add it once")
+        _refuse_dropout(model)
         optimizer.kl_budget = self
         self.budget = KLBudget(optimizer, schedule=Schedule(self.shape, state.max_steps), **self.options)
         saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
-        if state.global_step and saved.is_file():
+        if saved.is_file() and state.global_step:
             self.budget.load_state_dict(json.loads(saved.read_text()))
+        elif state.global_step:
+            logger.warning("KLBudgetCallback: %s is missing, so the budget starts anew", saved)
         if self.options["rule"] == "target":
             logger.warning("KLBudgetCallback(rule='target'): learning_rate and its schedule are not used")
         self._model = model
@@ -103,6 +107,7 @@ class KLBudgetCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         """Leave the model as it was."""
         self._hook.remove()
+        self._hook = None
 
     def _keep(self, model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         log_probs = getattr(output, "log_probs", None)
@@ -162,7 +167,7 @@ class KLBudgetCallback(TrainerCallback):
         if self.taken is None or not logs or "loss" not in logs:
             return
         values = {"kl": self.taken.kl, "nats": self.taken.nats, "alpha": self.taken.alpha}
-        values |= {"passes": self.taken.passes, "taken_back": self.budget.taken_back}
+        values |= {"passes": self.taken.passes, "taken_back": float(self.taken.taken_back)}
         for target in (logs, state.log_history[-1] if state.log_history else {}):
             target.update({f"budget/{name}": value for name, value in values.items()})
 
@@ -170,7 +175,18 @@ class KLBudgetCallback(TrainerCallback):
         """Keep what the next step needs beside the checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            (folder / STATE).write_text(json.dumps(self.budget.state_dict()))
+            write_atomically(folder / STATE, json.dumps(self.budget.state_dict()))
+
+
+def _refuse_dropout(model: Any) -> None:
+    """Raise ValueError for a model whose log-probabilities differ from one pass to the next."""
+    layers = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    settings = [v for k, v in vars(model.config).items() if "dropout" in k and isinstance(v, float)]
+    if any(value > 0 for value in [*layers, *settings]):
+        raise ValueError(
+            "KLBudgetCallback measures the policy of the backward pass, which dropout makes a random one: set "
+            "disable_dropout=True (and lora_dropout=0)"
+        )
 
 
 def _over_ranks(parts: list[tuple[float, int]]) -> float:

@@ -33,6 +33,7 @@ from open_r1_capo.capo import AdamStep, SGDStep, TokenBatch, TokenSelection, obj
 from open_r1_capo.capo.curvature import predicted_kl, sgd_shifts
 from open_r1_capo.settings.budget import BudgetConfig
 from open_r1_capo.settings.capo import CAPOConfig
+from open_r1_capo.settings.values import ConfigError
 from open_r1_capo.training.features import captured_hidden_states, check_head, policy_support, predicting
 from open_r1_capo.training.measure import Measured, measure, metrics
 from open_r1_capo.training.ranks import gather_selection, sum_ranks, sum_rows
@@ -90,7 +91,10 @@ class CAPOTrainer(RunTrainer):
             options = {"rule": config.rule, "tolerance": config.tolerance, "max_passes": config.max_passes}
             schedule = Schedule(config.schedule, self.args.max_steps, config.warmup_steps)
             share = config.entropy_share
-            self.budget = KLBudget(optimizer, config.nats, entropy_share=share, schedule=schedule, **options)
+            try:
+                self.budget = KLBudget(optimizer, config.nats, entropy_share=share, schedule=schedule, **options)
+            except ValueError as error:
+                raise ConfigError(f"budget.rule={config.rule}: {error}") from None
         return optimizer
 
     @property
@@ -181,7 +185,7 @@ class CAPOTrainer(RunTrainer):
             self.step_model.commit(reduce=None if alone else partial(sum_rows, self.accelerator))
             kl, objective = self._predicted_shifts()
             factor = self.step_rule.factor(kl)
-            update.planned_kl = kl * factor**2
+            update.planned_kl, update.rate = kl * factor**2, self._coming_lr()
             update.scheduled_lrs = [group["lr"] for group in self.optimizer.param_groups]
             if factor != 1.0:
                 for group in self.optimizer.param_groups:
@@ -232,6 +236,8 @@ class CAPOTrainer(RunTrainer):
             total, count = sum_ranks(self.accelerator, totals).tolist()
             self.update.nats = self.budget.budget(entropy=max(total / max(1, count), 1e-6))
             self.budget.begin(self.update.nats)
+        elif self.budget:
+            self.budget.skip()
         if self.update.skipped:
             for parameter in self.model.parameters():
                 parameter.grad = None
@@ -255,7 +261,7 @@ class CAPOTrainer(RunTrainer):
                 self.step_rule.observe(logs["measured_kl"], update.planned_kl)
         self.record({f"capo/{name}": value for name, value in logs.items()})
         if self.records:
-            lr, step = update.scheduled_lrs[0], self.state.global_step + 1
+            lr, step = update.rate, self.state.global_step + 1
             whole = {"step": step, "lr": lr, "taken_lr": taken_lr, "measured_kl": logs.get("measured_kl")}
             self.records.offer(whole, update.micro_batches, found)
 

@@ -51,6 +51,7 @@ class Update:
     Attributes:
         micro_batches: of this rank.
         scheduled_lrs: rates of the optimizer's parameter groups before a step rule shortened them.
+        rate: α of the predicted shifts, before a step rule shortened it.
         planned_kl: m_F(batch) at the rate that the step is taken with, in nats.
         gradient_norm: before clipping.
         skipped: the step is not taken.
@@ -59,6 +60,7 @@ class Update:
 
     micro_batches: list[MicroBatch] = field(default_factory=list)
     scheduled_lrs: list[float] = field(default_factory=list)
+    rate: float = 0.0
     planned_kl: float = 0.0
     gradient_norm: float = 0.0
     skipped: bool = False
