@@ -39,7 +39,7 @@ def main(model: str, lora: bool = False, **changes) -> GRPOTrainer:
     options |= {"max_completion_length": 48, "logging_steps": 1, "report_to": "none", "save_strategy": "no"}
     args = GRPOConfig(**(options | changes))
     trainer = GRPOTrainer(model, correct, args, train_dataset=problems(500), peft_config=peft)
-    trainer.add_callback(KLBudgetCallback(entropy_share=0.01))
+    trainer.add_callback(KLBudgetCallback(entropy_share=0.003))
     trainer.train()
     return trainer
 
