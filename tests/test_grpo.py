@@ -138,7 +138,7 @@ def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path, lab_policy):
         process.wait()
         assert not (folder / "summary.json").exists()
     out = run(*command(tmp_path, lab_policy))
-    assert "going on from" in out or newest_complete(folder / "checkpoints")[0] is None
+    assert "resuming from" in out or newest_complete(folder / "checkpoints")[0] is None
     same_run(folder, finished[0])
 
 
@@ -151,7 +151,7 @@ def test_planned_steps_resume_with_their_calibration(tmp_path, lab_policy):
     (folder / "summary.json").unlink()
     (folder / "checkpoints" / "checkpoint-6" / "complete.json").unlink()  # as if cut off while being written
     out = run(*command(parts, lab_policy, *extra, recipe="grpo_planned"))
-    assert "checkpoint-6 is not usable: it was cut off while being written; going on from" in out
+    assert "checkpoint-6 is not usable: it was cut off while being written; resuming from" in out
     same_run(folder, whole / "grpo_planned" / "lab" / "seed0")
     assert max(row["capo/measured_kl"] for row in metrics(folder)) > 0
     assert min(row["capo/step_scale"] for row in metrics(folder)) < 1
@@ -291,7 +291,7 @@ def test_a_full_disk(capsys, tmp_path, lab_policy, monkeypatch):
 
     monkeypatch.setattr(run_trainer, "save_state", full)
     assert grpo.main(command(tmp_path, lab_policy)) == 2
-    assert "error: the disk is full: make room, then the same command goes on" in capsys.readouterr().err
+    assert "error: the disk is full: free some space, then run the same command" in capsys.readouterr().err
     assert newest_complete(tmp_path / "capo_aggressive" / "lab" / "seed0" / "checkpoints")[0].name == "checkpoint-2"
 
 
@@ -318,7 +318,7 @@ def test_interrupted(capsys, monkeypatch):
 
     monkeypatch.setattr(training_run, "train", stop)
     assert grpo.main([]) == 130
-    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert "run the same command to resume from the last checkpoint" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

@@ -341,7 +341,7 @@ def test_a_signal_reaches_the_trainer_and_the_job_is_requeued(slurm, capfd, sign
     timer.start()
     assert job.run_job([step("server", "sleep 30"), step("trainer", script)], 7) == PREEMPTED
     assert (slurm / "requeued").read_text() == "requeue 7\n"
-    assert "job 7 is requeued and will go on" in capfd.readouterr().err
+    assert "job 7 is requeued and will resume" in capfd.readouterr().err
 
 
 def test_a_cancelled_job_is_not_requeued(slurm, capfd):

@@ -333,8 +333,8 @@ def test_ctrl_c_stops_the_runs(folder, lab_policy, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=120) == 130
     said = process.stderr.read()
-    assert "stopped; the same command goes on with the missing runs" in said
+    assert "interrupted; run the same command to do the missing runs" in said
     assert "Traceback" not in said
     log = next(Path().glob("outputs/experiments/.sweeps/*.log")).read_text()
-    assert "stopped; the same command goes on from the last checkpoint" in log
+    assert "interrupted; run the same command to resume from the last checkpoint" in log
     assert not list(Path().glob("outputs/experiments/*/lab/seed2/summary.json"))

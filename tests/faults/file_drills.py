@@ -51,7 +51,7 @@ def test_the_disk_is_full_within_a_checkpoint(start, whole, disk, tmp_path, rng)
     what = "the disk is full" if root else "a file would be larger than ulimit -f allows"
     assert (
         process.sentence()
-        == f"error: {what}: make room, then the same command goes on from the last complete checkpoint"
+        == f"error: {what}: free some space, then run the same command to resume from the last complete checkpoint"
     )
     assert "Traceback" not in process.text()
     saved, notes = newest_complete(folder / "checkpoints")
@@ -60,7 +60,7 @@ def test_the_disk_is_full_within_a_checkpoint(start, whole, disk, tmp_path, rng)
     assert [row["step"] for row in RunFolder(folder).metrics()] == list(range(1, lines(folder) + 1))
     if root:
         disk(16 * one)
-    goes_on(start(root=root or tmp_path), folder, whole, known=f"going on from {saved}")
+    goes_on(start(root=root or tmp_path), folder, whole, known=f"resuming from {saved}")
 
 
 # --- damaged files ---------------------------------------------------------------------------------------------------
@@ -109,14 +109,14 @@ def test_the_newest_checkpoint_is_damaged(start, unfinished, whole, rng, way):
     hurt(last, way, rng)
     process = start()
     goes_on(process, unfinished, whole, known=f"{last} is not usable: ")
-    assert f"going on from {last.with_name('checkpoint-4')}" in process.text()
+    assert f"resuming from {last.with_name('checkpoint-4')}" in process.text()
 
 
 def test_every_checkpoint_is_damaged(start, unfinished, whole, rng):
     for folder in sorted((unfinished / "checkpoints").glob("checkpoint-*")):
         hurt(folder, rng.choice(list(WAYS)), rng)
     process = start()
-    goes_on(process, unfinished, whole, known="; going on from the beginning")
+    goes_on(process, unfinished, whole, known="; resuming from the beginning")
     assert process.text().count(" is not usable: ") == 3
 
 
@@ -126,7 +126,7 @@ def test_the_last_line_of_the_metrics_is_cut_off(start, unfinished, whole, rng):
     rows = path.read_bytes().splitlines(keepends=True)
     kept = rng.choice([4, 5])
     path.write_bytes(b"".join(rows[:kept]) + rows[kept][: rng.randrange(1, len(rows[kept]) - 1)])
-    goes_on(start(), unfinished, whole, known="going on from")
+    goes_on(start(), unfinished, whole, known="resuming from")
 
 
 # --- gradients and rewards -------------------------------------------------------------------------------------------

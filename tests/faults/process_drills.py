@@ -48,7 +48,7 @@ def test_the_trainer_is_killed(start, whole, tmp_path, rng):
     print(f"killed after step {lines(folder)}")
     saved, _ = newest_complete(folder / "checkpoints")
     again = start()
-    goes_on(again, folder, whole, known=f"going on from {saved}" if saved else "")
+    goes_on(again, folder, whole, known=f"resuming from {saved}" if saved else "")
 
 
 def test_the_trainer_is_killed_while_it_writes_a_checkpoint(start, whole, tmp_path, rng):
@@ -62,7 +62,7 @@ def test_the_trainer_is_killed_while_it_writes_a_checkpoint(start, whole, tmp_pa
         shutil.rmtree(folder)
     assert find_damage(torn) == "it was cut off while being written"
     saved, _ = newest_complete(folder / "checkpoints")
-    known = f"{torn} is not usable: it was cut off while being written; going on from {saved or 'the beginning'}"
+    known = f"{torn} is not usable: it was cut off while being written; resuming from {saved or 'the beginning'}"
     goes_on(start(), folder, whole, known=known)
 
 
@@ -117,7 +117,7 @@ def test_one_rank_of_two_is_killed(start, whole_of_two, tmp_path, lab_policy, rn
         assert alone.sentence().startswith(f"error: {saved} was written by 2 processes, and this launch has 1: they")
         ranks = Ranks(arguments, tmp_path / "ranks.log", anew)
         assert set(ranks.wait()) == {0}, ranks.log.read_text()
-        assert f"going on from {saved}" in ranks.log.read_text()
+        assert f"resuming from {saved}" in ranks.log.read_text()
     finally:
         ranks.close()
     same_run(folder, whole_of_two, last=4)
@@ -159,12 +159,12 @@ def test_the_server_is_killed_for_good(start, serve, robbed, whole_served, tmp_p
     (process, where, port), folder = robbed, folder_of(tmp_path)
     assert process.wait() == 2, process.text()
     done = lines(folder)
-    known = f"error: stopped after step {done}, from which the same command goes on: the vLLM server at"
+    known = f"error: stopped after step {done}, from which the same command resumes: the vLLM server at"
     assert process.sentence().startswith(known)
     saved, notes = newest_complete(folder / "checkpoints")
     assert (saved.name, notes) == (f"checkpoint-{done}", [])
     serve(port)
-    goes_on(start(*SERVED, where), folder, whole_served, known=f"going on from {saved}")
+    goes_on(start(*SERVED, where), folder, whole_served, known=f"resuming from {saved}")
 
 
 def test_the_server_is_killed_and_started_again(serve, robbed, whole_served, tmp_path, rng):
@@ -172,7 +172,7 @@ def test_the_server_is_killed_and_started_again(serve, robbed, whole_served, tmp
     time.sleep(rng.uniform(0, 2))  # of the 15 s for which the run asks again
     serve(port)
     goes_on(process, folder_of(tmp_path), whole_served)
-    assert "going on from" not in process.text()
+    assert "resuming from" not in process.text()
 
 
 @pytest.mark.skipif(not os.environ.get("VLLM"), reason="VLLM=1 runs it")
@@ -199,7 +199,7 @@ def test_the_real_server_is_killed_for_good(tmp_path, lab_policy, repetition):
                 os.kill(pid, signal.SIGTERM)
             server.kill(signal.SIGTERM).wait()
         if end:
-            assert f"stopped after step {lines(folder)}, from which the same command goes on" in run.sentence()
+            assert f"stopped after step {lines(folder)}, from which the same command resumes" in run.sentence()
             assert newest_complete(folder / "checkpoints")[0].name == f"checkpoint-{lines(folder)}"
     assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4, 5, 6]
     assert all(row["sampling/sampling_logp_difference/max"] < 1e-3 for row in metrics(folder))

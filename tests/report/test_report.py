@@ -136,6 +136,7 @@ def test_columns():
     assert columns["reward"] == [0.2, None, 0.4, None]
     assert columns[MEAN] == [0.2, None, 0.3, None]
     assert columns[TAKEN] == [0.1, 0.05, 0.025, None]
+    assert metric_columns([{"step": 1, "learning_rate": 0.1, "budget/alpha": 0.3}])[TAKEN] == [0.3]
     assert "note" not in columns
 
 

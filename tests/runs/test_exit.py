@@ -30,8 +30,8 @@ def test_an_interrupt_says_what_it_leaves(capsys):
     def command():
         raise KeyboardInterrupt
 
-    assert run_cli(command, "stopped; the same command goes on") == INTERRUPTED
-    assert capsys.readouterr().err == "\nstopped; the same command goes on\n"
+    assert run_cli(command, "stopped; run the same command to resume") == INTERRUPTED
+    assert capsys.readouterr().err == "\nstopped; run the same command to resume\n"
 
 
 def test_our_own_mistakes_keep_their_traceback():

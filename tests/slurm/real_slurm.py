@@ -124,9 +124,9 @@ def test_stopped_on_two_nodes_requeued_and_resumed(slurm, checkout, submit, run)
     run("scancel", "--signal=TERM", str(job))
     wait_for_end(slurm, checkout, job, whole)
     text = log(checkout, job)
-    assert len(re.findall(r"stopped by SIG(USR1|TERM) at step \d+; the same command goes on", text)) == 2, text
-    assert text.count(f"job {job} is requeued and will go on") == 2
-    assert text.count("going on from outputs/capo_aggressive/lab/seed0/checkpoints/checkpoint-") == 2
+    assert len(re.findall(r"stopped by SIG(USR1|TERM) at step \d+; run the same command to resume", text)) == 2, text
+    assert text.count(f"job {job} is requeued and will resume") == 2
+    assert text.count("resuming from outputs/capo_aggressive/lab/seed0/checkpoints/checkpoint-") == 2
     assert "Traceback" not in text
     assert (folder / "summary.json").is_file(), text
     assert yaml.safe_load((folder / "config.yaml").read_text())["environment"]["processes"] == 2

@@ -306,7 +306,7 @@ def test_a_run_through_a_server_ends_at_a_checkpoint_and_goes_on(lab_policy, tmp
     server.answer = mortal
     assert grpo.main(by_server(tmp_path, lab_policy, server)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: stopped after step 3, from which the same command goes on: the vLLM server at")
+    assert error.startswith("error: stopped after step 3, from which the same command resumes: the vLLM server at")
     folder = tmp_path / "capo_aggressive" / "lab" / "seed0"
     assert newest_complete(folder / "checkpoints")[0].name == "checkpoint-3"
     server.answer = answer

@@ -58,11 +58,11 @@ def test_a_stopped_run_resumes_bit_for_bit(finished, tmp_path, lab_policy, capfd
         assert not notes
         done = int(saved.name.removeprefix("checkpoint-"))
         error = capfd.readouterr().err
-        assert error.splitlines()[-1] == f"stopped by {sign.name} at step {done}; the same command goes on"
+        assert error.splitlines()[-1] == f"stopped by {sign.name} at step {done}; run the same command to resume"
         assert [row["step"] for row in metrics(folder)] == list(range(1, done + 1))
         assert not (folder / "summary.json").exists()
     assert grpo.main(arguments) == 0
-    assert f"going on from {saved}" in capfd.readouterr().err
+    assert f"resuming from {saved}" in capfd.readouterr().err
     same_run(folder, finished[0])
 
 
@@ -108,7 +108,7 @@ def test_one_rank_stops_all(tmp_path, lab_policy):
 
     done = ranks("parts", signalled="1")
     assert done.returncode == PREEMPTED, done.stderr
-    assert done.stderr.count("stopped by SIGTERM at step 2; the same command goes on") == 1
+    assert done.stderr.count("stopped by SIGTERM at step 2; run the same command to resume") == 1
     folder = tmp_path / "parts" / "capo_aggressive" / "lab" / "seed0"
     saved, _ = newest_complete(folder / "checkpoints")
     assert saved.name == "checkpoint-2"
@@ -155,7 +155,7 @@ def test_completions_are_used_up_first(preemption):
     assert after(preemption, 1) == (False, False)
     preemption.check()
     assert after(preemption, 2) == (True, True)
-    with pytest.raises(Preempted, match="stopped by SIGUSR1 at step 2; the same command goes on"):
+    with pytest.raises(Preempted, match="stopped by SIGUSR1 at step 2; run the same command to resume"):
         preemption.check()
 
 

@@ -76,7 +76,9 @@ def test_deepspeeds_shards_fit_one_number(stopped, lab_policy, capsys, tmp_path)
 )
 def test_no_room_is_said_in_a_sentence(error, sentence):
     found = run.explain(error)
-    assert found == f"{sentence}: make room, then the same command goes on from the last complete checkpoint"
+    assert (
+        found == f"{sentence}: free some space, then run the same command to resume from the last complete checkpoint"
+    )
 
 
 def test_a_policy_that_stands_still_is_told_once(tmp_path, capsys):

@@ -96,7 +96,7 @@ def find_shape(model: str, settings: Any = None) -> ModelShape:
         if config is not None:
             return from_config(config, name)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CapacityError(f"{model}/config.json does not say the model's shape ({error!r}): mend the file") from None
+        raise CapacityError(f"{model}/config.json does not say the model's shape ({error!r}): fix the file") from None
     if Path(model).is_dir():
         raise CapacityError(f"{model} has no config.json, which says the model's shape: name a model's folder")
     match = re.fullmatch(r"qwen2\.5-(?:math-|coder-)?([\d.]+b)(?:-instruct)?", name.lower())

@@ -129,7 +129,7 @@ def requeue(job: int, code: int) -> int:
     done = subprocess.run(["scontrol", "requeue", str(job)], capture_output=True, text=True)
     if done.returncode:
         reason = " ".join(done.stderr.split())
-        print(f"job {job} cannot be requeued ({reason}): submit it again, it goes on", file=sys.stderr)
+        print(f"job {job} cannot be requeued ({reason}): submit it again to resume it", file=sys.stderr)
     else:
-        print(f"job {job} is requeued and will go on", file=sys.stderr, flush=True)
+        print(f"job {job} is requeued and will resume", file=sys.stderr, flush=True)
     return code

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for sign in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(sign, terminate)
     command = evaluate_run if options.run else evaluate_model
-    return run_cli(lambda: command(options), "eval: interrupted; the same command goes on from here")
+    return run_cli(lambda: command(options), "interrupted; run the same command to do the remaining test sets")
 
 
 if __name__ == "__main__":

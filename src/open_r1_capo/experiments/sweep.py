@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-slurm", action="store_true", help="run here, even if there is sbatch")
     parser.add_argument("--dry-run", action="store_true", help="list the missing runs")
     options = parser.parse_args(argv)
-    return run_cli(lambda: work(options), "stopped; the same command goes on with the missing runs")
+    return run_cli(lambda: work(options), "interrupted; run the same command to do the missing runs")
 
 
 def work(options: argparse.Namespace) -> int:

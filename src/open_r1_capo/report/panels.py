@@ -173,7 +173,9 @@ def metric_columns(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
     columns = {key: [number(row.get(key)) for row in rows] for key in keys}
     if "reward" in columns:
         columns[MEAN] = _running_mean(columns["reward"])
-    if "learning_rate" in columns:
+    if "budget/alpha" in columns:  # the rate that filled the step's KL budget
+        columns[TAKEN] = columns["budget/alpha"]
+    elif "learning_rate" in columns:
         factors = columns.get("capo/step_scale", [1.0] * len(rows))
         columns[TAKEN] = [
             None if rate is None or factor is None else number(rate * factor)

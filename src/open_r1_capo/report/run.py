@@ -20,7 +20,7 @@ def write_report(run: Run, summary: dict[str, Any] | None = None) -> None:
     curves, summary, notes = read_curves(run, run.label, ended)
     metrics, settings = curves["metrics"], run.settings
     if ended is None:
-        notes.append("The same command goes on with it; make report draws it again.")
+        notes.append("Run the same command to resume it; make report draws it again.")
     panels = run_panels(metrics, curves["tests"])
     worst = worst_steps(metrics)
     interesting = [step for rank in range(WORST) for row in worst for step, _ in row["steps"][rank : rank + 1]]

@@ -125,7 +125,7 @@ class RunFolder(Run):
         shutil.rmtree(aside, ignore_errors=True)
 
     def _make(self, settings: dict[str, Any]) -> None:
-        """Put a new folder in its place, complete and locked before anyone sees it: the first maker wins."""
+        """Create the folder atomically: lock a temporary sibling and rename it. If two processes race, the first wins."""
         new = RunFolder(self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}"))
         new.path.mkdir(parents=True)
         try:

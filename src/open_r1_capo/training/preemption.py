@@ -21,7 +21,7 @@ class Preempted(Exception):
     """The run has stopped at a checkpoint because it was sent the signal `name`; the message is for the user."""
 
     def __init__(self, name: str, step: int):
-        super().__init__(f"stopped by {name} at step {step}; the same command goes on")
+        super().__init__(f"stopped by {name} at step {step}; run the same command to resume")
 
 
 class Preemption(TrainerCallback):

@@ -68,7 +68,7 @@ def command(recipe: str, overrides: Sequence[str]) -> int:
             raise UserError(sentence) from None
         return 0
 
-    return run_cli(work, "stopped; the same command goes on from the last checkpoint")
+    return run_cli(work, "interrupted; run the same command to resume from the last checkpoint")
 
 
 def train(settings: dict[str, Any], preemption: Preemption | None = None) -> None:
@@ -121,7 +121,7 @@ def fill(
             preemption.watch(trainer)
         before = accuracy() if accuracy else None
     for note in notes:
-        say(f"{note}; going on from {resume or 'the beginning'}")
+        say(f"{note}; resuming from {resume or 'the beginning'}")
     if other:
         say(other)
     if main_process:
@@ -129,7 +129,7 @@ def fill(
 
     # --- training ----------------------------------------------------------------------------------------------------
     if resume:
-        say(f"going on from {resume}")
+        say(f"resuming from {resume}")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if preemption:
         preemption.check()
@@ -169,7 +169,7 @@ def explain(error: Exception) -> str | None:
     text = str(error)
     for code, what in FULL.items():
         if getattr(error, "errno", None) == code or os.strerror(code) in text:
-            return f"{what}: make room, then the same command goes on from the last complete checkpoint"
+            return f"{what}: free some space, then run the same command to resume from the last complete checkpoint"
     # torch keeps the reason to itself: the archive's writer failed, or is not where it should be
     if "PytorchStreamWriter failed" in text or "unexpected pos" in text:
         return explain(OSError(errno.ENOSPC, ""))

@@ -161,7 +161,7 @@ def _saving(trainer: Trainer) -> Iterator[None]:
         if step == 0:
             raise
         save_step(trainer)
-        raise GenerationError(f"stopped after step {step}, from which the same command goes on: {error}") from None
+        raise GenerationError(f"stopped after step {step}, from which the same command resumes: {error}") from None
 
 
 def save_step(trainer: Trainer) -> None:
