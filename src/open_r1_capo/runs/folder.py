@@ -125,7 +125,7 @@ class RunFolder(Run):
         shutil.rmtree(aside, ignore_errors=True)
 
     def _make(self, settings: dict[str, Any]) -> None:
-        """Create the folder atomically: lock a temporary sibling and rename it. If two processes race, the first wins."""
+        """Create the folder atomically: lock a temporary sibling, then rename it. Of two processes, the first wins."""
         new = RunFolder(self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}"))
         new.path.mkdir(parents=True)
         try:
