@@ -137,7 +137,7 @@ def test_no_file_asks_which_source_it_has():
 def test_files_and_functions_stay_small():
     for path in PYTHON:
         text = path.read_text()
-        assert len(text.splitlines()) <= 410, path
+        assert len(text.splitlines()) <= 400, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno - node.lineno < 65, f"{path}:{node.lineno} {node.name}"
