@@ -173,6 +173,21 @@ def test_steps_without_a_gradient_lengthen_nothing(kind, known):
     assert (policy.logits - before).abs().max() < 1
 
 
+def test_steps_without_a_signal_do_not_let_the_rate_drift():
+    """Their budgets differ from the last filled one; α follows from that one alone, however many there are."""
+    policy = Policy()
+    budget = KLBudget(policy.optimizer, nats=1e-3)
+    for _ in range(3):
+        policy.backward()
+        budget.step(policy.kl)
+    alpha = budget.alpha
+    for _ in range(5):
+        policy.backward()
+        policy.logits.grad.zero_()
+        budget.step(lambda: 0.0, nats=4e-3)
+    assert budget.alpha == alpha
+
+
 def test_a_kl_that_nothing_raises_does_not_lengthen_without_end():
     policy = Policy()
     budget = KLBudget(policy.optimizer, nats=1e-3)

@@ -206,12 +206,13 @@ class KLBudget:
             return False
         self._scheduled = [group["lr"] for group in groups]
         if self.rule == "target":
-            if self._last_nats:  # the budget has changed: so has the step that fills it
-                self.alpha *= min(STRETCH, max(1 / STRETCH, math.sqrt(nats / self._last_nats)))
+            # the budget has changed since α filled one: so has the step that fills it
+            change = math.sqrt(nats / self._last_nats) if self._last_nats else 1.0
+            alpha = self.alpha * min(STRETCH, max(1 / STRETCH, change))
             largest = max(float(lr) for lr in self._scheduled)
             # a copy knows the direction by the difference that the step makes: it must not be rounded away
-            rate = max(self.alpha, REPRESENTABLE) if isinstance(self.line, CopiedLine) else self.alpha
-            self._start = self.alpha / rate
+            rate = max(alpha, REPRESENTABLE) if isinstance(self.line, CopiedLine) else alpha
+            self._start = alpha / rate
             for group, lr in zip(groups, self._scheduled, strict=True):
                 group["lr"] = rate * (float(lr) / largest if largest else 1.0)
         self.line.begin()
