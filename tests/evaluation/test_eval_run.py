@@ -1,7 +1,6 @@
 """The evaluation's engine: stale results, resuming, checkpoint series, and mistakes of users."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
@@ -18,19 +17,12 @@ from open_r1_capo.runs.checkpoints import seal
 from open_r1_capo.tasks.data import SYSTEM_PROMPT, make_prompt
 from open_r1_capo.tasks.lab import policy
 from open_r1_capo.tasks.lab.settings import LabSettings, Mixture
+from scripts import load
 
 EVAL = Path(__file__).parents[2] / "eval"
 
 
-def script(name):
-    """A file of eval/, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, EVAL / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-lighteval_offline, pins = script("lighteval_offline"), script("pins")
+lighteval_offline, pins = load("eval/lighteval_offline.py"), load("eval/pins.py")
 
 
 # --- stale results ---------------------------------------------------------------------------------------------------

@@ -1,19 +1,13 @@
 """The examples run, on a tiny policy, and keep their budgets."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
+from scripts import load
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def example(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -22,7 +16,7 @@ def test_trl_budget(tiny_policy, tmp_path, lora):
         pytest.importorskip("peft")
     changes = {"output_dir": str(tmp_path), "max_steps": 3, "per_device_train_batch_size": 8, "use_cpu": True}
     changes |= {"bf16": False, "max_completion_length": 6, "gradient_checkpointing": False, "disable_tqdm": True}
-    trainer = example("trl_budget").main(str(tiny_policy), lora, **changes)
+    trainer = load("examples/trl_budget.py").main(str(tiny_policy), lora, **changes)
     rows = [row for row in trainer.state.log_history if "budget/kl" in row]
     assert len(rows) == 3
     assert all(row["budget/kl"] <= 1.5 * row["budget/nats"] for row in rows)
@@ -30,7 +24,7 @@ def test_trl_budget(tiny_policy, tmp_path, lora):
 
 def test_reinforce_loop(tiny_policy, capsys):
     torch.manual_seed(0)
-    history = example("reinforce_loop").main(str(tiny_policy), steps=3, samples=8, length=4)
+    history = load("examples/reinforce_loop.py").main(str(tiny_policy), steps=3, samples=8, length=4)
     assert len(history) == 3
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3

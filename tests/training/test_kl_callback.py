@@ -49,6 +49,11 @@ def build(policy, tokenizer, folder, callback, **changes):
     return trainer
 
 
+def trained_kls(trainer):
+    trainer.train()
+    return [row["budget/kl"] for row in trainer.state.log_history if "budget/kl" in row]
+
+
 @pytest.mark.parametrize("options", [{"rule": "target"}, {"rule": "verify"}, {"rule": "target", "share": 0.5}])
 @pytest.mark.parametrize("rate", [1e-5, 1.0])
 def test_every_step_is_within_the_budget(tiny_policy, tiny_tokenizer, tmp_path, options, rate):
@@ -100,8 +105,7 @@ def test_lora(tiny_policy, tiny_tokenizer, tmp_path):
     }
     trainer = GRPOTrainer(**common, peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     trainer.add_callback(KLBudgetCallback(nats=1e-4))
-    trainer.train()
-    kls = [row["budget/kl"] for row in trainer.state.log_history if "budget/kl" in row]
+    kls = trained_kls(trainer)
     assert len(kls) == 4
     assert 0 < max(kls) <= 1.5e-4
 
@@ -118,8 +122,7 @@ def test_rloo(tiny_policy, tiny_tokenizer, tmp_path):
         train_dataset=to_prompts(Dataset.from_list(tiny_trainer.PROMPTS), None),
     )
     trainer.add_callback(KLBudgetCallback(nats=1e-3))
-    trainer.train()
-    kls = [row["budget/kl"] for row in trainer.state.log_history if "budget/kl" in row]
+    kls = trained_kls(trainer)
     assert len(kls) == 3
     assert 0 < max(kls) <= 1.5e-3
 
