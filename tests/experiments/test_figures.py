@@ -58,7 +58,6 @@ EXPERIMENTS = {
     "tuning_mask": "{title: mask, extends: tuning_methods}",
     "tuning_budget": "{title: budgets, extends: tuning_methods}",
     "no_rate": "{title: no rate, extends: fig2}",
-    "budget_transfer": "{title: budgets elsewhere, extends: fig2}",
     "tuning_sgd": "{title: SGD, extends: tuning_methods}",
     "common": "{}",
 }

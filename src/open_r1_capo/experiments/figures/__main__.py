@@ -64,7 +64,6 @@ FIGURES = {
     "tuning_sgd": TUNING,
     "tuning_budget": BUDGETS,
     "no_rate": BUDGETS,
-    "budget_transfer": BUDGETS,
     "efficiency": Entry(tables.efficiency, (TEST,)),
     "transfer": TRANSFER,
     "transfer_batch": TRANSFER,
