@@ -19,6 +19,7 @@ INSTALL_REQUIRES = [
     "latex2sympy2_extended[antlr4_9_3]==1.11.0",  # math-verify 0.9's parser; antlr 4.9.3 is hydra's own
     "wandb>=0.31,<1",  # offline mode without an account
     "matplotlib>=3.10,<4",  # the figures
+    "scipy>=1.15,<2",  # their statistics
     "requests>=2.32,<3",  # trl's vLLM server client imports it without declaring it
 ]
 
@@ -31,6 +32,7 @@ EXTRAS = {
     "dev": [
         "pytest>=9,<10",
         "peft>=0.21,<1",  # the KL budget under LoRA
+        "pytorch-optimizer>=4.1,<5",  # rivals of the KL budget: optimizers that need no rate
         "ruff==0.17.5",  # formatting changes between releases: exact
         "triton==3.7.1; platform_system == 'Linux'",  # torch 2.13's own; its interpreter runs the GPU kernels' tests
     ],

@@ -45,7 +45,16 @@ def arguments(folder, **changes):
 
 
 def build(
-    policy, tokenizer, folder, capo=None, baseline="group", reward=token_reward, records=None, budget=None, **changes
+    policy,
+    tokenizer,
+    folder,
+    capo=None,
+    baseline="group",
+    reward=token_reward,
+    records=None,
+    budget=None,
+    optimizer=None,
+    **changes,
 ):
     """A CAPOTrainer, a RunTrainer with mode off, or TRL's own if `capo` is None, on a fresh copy of the policy."""
     common = {
@@ -59,7 +68,7 @@ def build(
         return GRPOTrainer(**common)
     config = capo_config(**capo)
     if not config.on:
-        return RunTrainer(**common, advantage_baseline=baseline)
+        return RunTrainer(**common, advantage_baseline=baseline, optimizer=optimizer)
     budget = BudgetConfig(**budget) if budget else None
     return CAPOTrainer(**common, capo=config, advantage_baseline=baseline, records=records, budget=budget)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from open_r1_capo.budget.rules import StepRule
+from open_r1_capo.budget.rules import LengthDecay, StepRule
 from open_r1_capo.capo.curvature import support_kl
 from oracle import random_batch
 
@@ -53,3 +53,25 @@ def test_support_kl_of_an_unmoved_policy_is_zero():
     batch, _ = random_batch(6, 5, dtype=torch.float32)
     new = batch.probs.log() + math.log(0.7)
     assert support_kl(batch, torch.full((6,), math.log(0.7)), new).max() < 1e-6
+
+
+def test_longer_completions_halve_the_rate_for_good():
+    """The usual length is a running mean; a step above `length_ratio` of it halves the rate, once."""
+    rule = LengthDecay(length_ratio=1.2)
+    for length in (20.0, 22.0, 21.0):
+        rule.foresee(length)
+    assert rule.factor(predicted_kl=1.0) == 1.0
+    assert rule.usual_length == pytest.approx(0.9 * (0.9 * 20 + 0.1 * 22) + 0.1 * 21)
+    rule.foresee(30.0)
+    assert rule.factor(1.0) == 0.5 and rule.usual_length == 30.0
+    for _ in range(5):
+        rule.foresee(31.0)
+    assert rule.factor(1.0) == 0.5
+    rule.foresee(10.0)
+    rule.foresee(40.0)
+    assert rule.factor(1.0) == 0.25
+
+
+def test_a_length_ratio_of_one_is_refused():
+    with pytest.raises(ValueError, match="length_ratio must be greater than 1, got 1"):
+        LengthDecay(length_ratio=1.0)

@@ -4,14 +4,16 @@
 |---|---|---|
 | `plan` | α · min(1, √(δ_step / (c · m_F(batch)))): within a budget of predicted KL | ours, from Eq. 6 |
 | `adapt` | α · s, with s from the measured KL of the steps before | after arXiv 1707.06347, §4 |
+| `length` | α · s, with s halved when completions grow | after arXiv 2602.01826 |
 
 After the commit, the optimizer model knows the last layer's next step D. Its policy shift over the batch,
 m_F(batch) = ½ α² mean_i Var_{π_i}(D x_i) (Eq. 6 with the exact Fisher), predicts the KL of the update. The paper uses
-this prediction to choose data only; `plan` chooses the length of the step with it. `adapt` and `NormGuard` are what
-one would do without a prediction: follow the KL of earlier steps, and skip an update with an unusually large gradient.
+this prediction to choose data only; `plan` chooses the length of the step with it. `adapt`, `length` and `NormGuard`
+are what one would do without a prediction: follow the KL of earlier steps, take longer completions for a warning, and
+skip an update with an unusually large gradient.
 
-A rule is a dataclass whose fields are its settings, named as in the group `capo` of a recipe, and `calibration`, its
-state. To add one: write its class, name it in `STEP_RULES`, and give it a file in `recipes/budget/`.
+A rule is a dataclass whose fields are its settings, named as in the group `capo` of a recipe, and its state, which no
+recipe sets (`STATE`). To add one: write its class, name it in `STEP_RULES`, and give it a file in `recipes/budget/`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ RATE = 0.3  # weight of the newest measurement in the running log-average
 LIMIT = math.log(1e3)  # the calibration stays within 1e±3
 FLOOR = 1e-6  # nats; below, a measured KL is rounding of float32 log-probabilities
 STRIDE = 1.5  # PPO's adaptive KL coefficient (arXiv 1707.06347, §4) doubles; a rate needs a gentler hand
+STATE = ("calibration", "usual_length")  # fields that a step rule learns
 WINDOW, WARM = 32, 5  # norms that the guard remembers, and how many it wants before it skips anything
 
 
@@ -65,6 +68,9 @@ class StepRule:
         if not expected > self.step_policy_shift:
             return 1.0
         return math.sqrt(self.step_policy_shift / expected)
+
+    def foresee(self, length: float) -> None:
+        """Learn, before a step, the mean length of its completions in tokens; here nothing."""
 
     def observe(self, measured_kl: float, predicted_kl: float) -> None:
         """Learn from a step that was taken: its measured KL, and m_F(batch) at the rate it was taken with."""
@@ -108,12 +114,55 @@ class AdaptedRate(StepRule):
             self.calibration = min(1.0, self.calibration * STRIDE)
 
 
-STEP_RULES: dict[str, type[StepRule]] = {rule.name: rule for rule in (StepRule, AdaptedRate)}
+@dataclass
+class LengthDecay(StepRule):
+    """Halve the rate, for good, when completions are longer than they used to be.
+
+    In the form of SkyRL's pull request 1448: the usual length is a running mean, which starts anew after each decay.
+
+    Attributes:
+        length_ratio: > 1; the completions of a step are longer than usual if their mean length exceeds this many times
+            the running mean.
+        calibration: s in (0, 1].
+        usual_length: the running mean, in tokens; 0 before the first step.
+    """
+
+    name: ClassVar[str] = "length"
+    predicts: ClassVar[bool] = False
+    step_policy_shift: float = field(default=math.inf, init=False)
+    step_feedback: bool = field(default=False, init=False)
+    length_ratio: float = 1.2
+    usual_length: float = field(default=0.0, init=False)
+
+    def __post_init__(self):
+        """Check the range; ValueError."""
+        if not self.length_ratio > 1:
+            raise ValueError(f"length_ratio must be greater than 1, got {self.length_ratio}")
+
+    @property
+    def acts(self) -> bool:
+        """Whether a step may be shortened."""
+        return True
+
+    def factor(self, predicted_kl: float) -> float:
+        """Factor in (0, 1] for this step's learning rate, whatever is predicted."""
+        return self.calibration
+
+    def foresee(self, length: float) -> None:
+        """Compare the length of this step's completions with the usual one, in tokens."""
+        if self.usual_length and length > self.length_ratio * self.usual_length:
+            self.calibration /= 2
+            self.usual_length = length
+        weight = 0.1 if self.usual_length else 1.0
+        self.usual_length += weight * (length - self.usual_length)
+
+
+STEP_RULES: dict[str, type[StepRule]] = {rule.name: rule for rule in (StepRule, AdaptedRate, LengthDecay)}
 
 
 def step_settings(rule: type[StepRule]) -> tuple[str, ...]:
     """The names of a step rule's settings."""
-    return tuple(one.name for one in fields(rule) if one.init and one.name != "calibration")
+    return tuple(one.name for one in fields(rule) if one.init and one.name not in STATE)
 
 
 @dataclass

@@ -118,7 +118,8 @@ def unread(key: str, values: dict[str, Any]) -> str | None:
         return "capo.optimizer_model=sgd"
     if _belongs_to_another(key, step_settings, STEP_RULES, step):
         return f"capo.step_rule={step_rule}"
-    if key in ("step_rule", "step_feedback") and values.get("step_policy_shift", math.inf) == math.inf:
+    aims = "step_policy_shift" in step_settings(step)
+    if aims and key in ("step_rule", "step_feedback") and values.get("step_policy_shift", math.inf) == math.inf:
         return "capo.step_policy_shift=inf"
     return None
 

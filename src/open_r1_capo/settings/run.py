@@ -66,6 +66,7 @@ class RunConfig:
     model_name_or_path: str  # a local folder or hub id; `lab` trains the lab's policy first
     completions_per_step: int  # over all ranks; sets TRL's gradient accumulation
     advantage_baseline: str = "group"  # `group` subtracts the group's mean reward; `none` is REINFORCE on the reward
+    optimizer: str | None = None  # a name of the package pytorch-optimizer, such as prodigy, in place of `optim`
     reward_funcs: list[str] = field(default_factory=lambda: ["accuracy"])  # names in `tasks.rewards`
     system_prompt: str | None = None  # null is the default of `tasks.data`; an empty string sends none
     num_threads: int | None = None  # CPU threads of torch; null leaves torch's choice
@@ -171,7 +172,7 @@ def read(settings: dict[str, Any], processes: int = 1) -> tuple[RunConfig, dict[
     trl |= dict(zip((MICRO, ACCUMULATION), batch, strict=True))
     trl["output_dir"] = str(run.folder(trl["seed"]) / "checkpoints")
     _check_trl(trl)
-    _check_optimizer(run.capo, trl["optim"])
+    _check_optimizer(run, trl["optim"])
     _check_batch(run, trl, processes)
     return run, trl
 
@@ -217,8 +218,11 @@ def _check_trl(trl: dict[str, Any]) -> None:
         )
 
 
-def _check_optimizer(capo: CAPOConfig, optim: str) -> None:
+def _check_optimizer(run: RunConfig, optim: str) -> None:
     """Refuse a model of another optimizer than the real one, but the paper's SGD model of Adam's steps (Fig. 6)."""
+    capo = run.capo
+    if run.optimizer and capo.on:
+        raise ConfigError(f"optimizer={run.optimizer} takes steps that CAPO does not model: use capo.mode=off")
     real = next((kind for kind in ("adam", "sgd") if kind in optim), None)
     if not capo.on or real == capo.optimizer_model:
         return

@@ -148,7 +148,7 @@ def make_trainer(
             records = token_records(config, args, tokenizer)
             trainer = kind(**common, capo=config.capo, budget=config.budget, records=records)
         else:
-            trainer = RunTrainer(**common)
+            trainer = RunTrainer(**common, optimizer=config.optimizer)
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"the trainer cannot be built: {' '.join(str(error).split())}") from None
     trainer.remove_callback(PrinterCallback)

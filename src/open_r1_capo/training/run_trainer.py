@@ -6,6 +6,8 @@ checkpoints that are sealed when they are complete. `trainer.py` adds the method
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
 
@@ -30,11 +32,17 @@ class RunTrainer(GRPOTrainer):
     Args:
         *args: as `GRPOTrainer`.
         advantage_baseline: `group` (GRPO, Dr.GRPO) or `none`: REINFORCE's advantage is the reward itself.
+        optimizer: a name of the package pytorch-optimizer, in place of TRL's `optim`.
         **kwargs: as `GRPOTrainer`.
+
+    Raises:
+        ValueError, ImportError: there is no such optimizer, or no such package.
     """
 
-    def __init__(self, *args: Any, advantage_baseline: str = "group", **kwargs: Any):
+    def __init__(self, *args: Any, advantage_baseline: str = "group", optimizer: str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if optimizer:
+            self.optimizer_cls_and_kwargs = library_optimizer(optimizer, self.args)
         self.advantage_baseline = advantage_baseline
         self.counters = {"completions": 0}
         self.seconds: dict[str, float] = defaultdict(float)
@@ -151,6 +159,27 @@ class RunTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(folder)
         if folder is not None:
             load_state(Path(folder), self._load_state)
+
+
+def library_optimizer(name: str, args: TrainingArguments) -> tuple[type, dict[str, Any]]:
+    """The class of a name in pytorch-optimizer, and what it takes of TRL's arguments: rate, betas, ε, decay.
+
+    Raises:
+        ValueError: there is no such optimizer.
+        ImportError: the package is not installed.
+    """
+    try:
+        from pytorch_optimizer import get_supported_optimizers, load_optimizer
+    except ImportError:
+        raise ImportError(f"optimizer={name} needs a package: pip install pytorch-optimizer") from None
+    if name not in get_supported_optimizers():
+        near = difflib.get_close_matches(name, get_supported_optimizers(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"pytorch-optimizer has no optimizer {name!r}{hint}")
+    chosen = load_optimizer(name)
+    given = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    given |= {"weight_decay": args.weight_decay}
+    return chosen, {key: value for key, value in given.items() if key in inspect.signature(chosen).parameters}
 
 
 class _StepCallback(TrainerCallback):

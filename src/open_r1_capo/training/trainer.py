@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from open_r1_capo.budget import KLBudget, Schedule
-from open_r1_capo.budget.rules import NormGuard
+from open_r1_capo.budget.rules import STATE, NormGuard
 from open_r1_capo.capo import AdamStep, SGDStep, TokenBatch, TokenSelection, objective_shift, policy_shift
 from open_r1_capo.capo.curvature import predicted_kl, sgd_shifts
 from open_r1_capo.settings.budget import BudgetConfig
@@ -184,6 +184,7 @@ class CAPOTrainer(RunTrainer):
             alone = self.accelerator.num_processes == 1
             self.step_model.commit(reduce=None if alone else partial(sum_rows, self.accelerator))
             kl, objective = self._predicted_shifts()
+            self.step_rule.foresee(self._mean_length())
             factor = self.step_rule.factor(kl)
             update.planned_kl, update.rate = kl * factor**2, self._coming_lr()
             update.scheduled_lrs = [group["lr"] for group in self.optimizer.param_groups]
@@ -206,6 +207,13 @@ class CAPOTrainer(RunTrainer):
             totals += torch.stack([kl[finite].sum(), objective[finite].sum(), finite.sum()]).double().cpu()
         kl, objective, count = sum_ranks(self.accelerator, totals).tolist()
         return kl / max(1, count), objective / max(1, count)
+
+    def _mean_length(self) -> float:
+        """Tokens of a completion that take part in the update, on average over all ranks."""
+        masks = [one.mask for one in self.update.micro_batches]
+        totals = torch.tensor([sum(int(m.sum()) for m in masks), sum(map(len, masks))], dtype=torch.float64)
+        tokens, completions = sum_ranks(self.accelerator, totals).tolist()
+        return tokens / completions
 
     def _coming_lr(self) -> float:
         """α, the rate of the coming update: the schedule's, or where a KL budget is the target its own estimate."""
@@ -304,14 +312,17 @@ class CAPOTrainer(RunTrainer):
 
     def _state(self):
         state, numbers = super()._state()
-        numbers |= {"calibration": self.step_rule.calibration, "gradient_norms": self.guard.norms}
+        numbers |= {name: getattr(self.step_rule, name) for name in STATE if hasattr(self.step_rule, name)}
+        numbers |= {"gradient_norms": self.guard.norms}
         numbers |= {"budget": self.budget.state_dict()} if self.budget else {}
         return state | self.step_model.state_dict(), numbers
 
     def _load_state(self, state, numbers):
         super()._load_state(state, numbers)
         self.step_model.load_state_dict(state)
-        self.step_rule.calibration = numbers["calibration"]
+        for name in STATE:
+            if hasattr(self.step_rule, name):
+                setattr(self.step_rule, name, numbers[name])
         self.guard.norms = numbers.get("gradient_norms", [])  # older checkpoints have none
         if self.budget:
             self.budget.load_state_dict(numbers["budget"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from open_r1_capo.runs import outcomes
 
@@ -82,13 +83,6 @@ def bootstrap(
     return float(ends[0]), float(ends[1])
 
 
-def ranks(values: Sequence[float]) -> np.ndarray:
-    """Rank (N,) values without NaN from 1; ties share the mean of their places."""
-    _, inverse, count = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    return ((2 * last - count + 1) / 2)[inverse]
-
-
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     """Spearman's rank correlation of (N,) values: Pearson's of the ranks, ties averaged; pairs with NaN are left out.
 
@@ -96,11 +90,10 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     """
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     known = ~(np.isnan(x) | np.isnan(y))
-    if known.sum() < 3:
+    x, y = x[known], y[known]
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return float("nan")
-    a, b = (ranks(side[known]) - (known.sum() + 1) / 2 for side in (x, y))
-    norm = np.sqrt((a * a).sum() * (b * b).sum())
-    return float((a * b).sum() / norm) if norm > 0 else float("nan")
+    return float(spearmanr(x, y).statistic)
 
 
 def cost_to(target: float, rewards: Sequence[float], cost: Sequence[float]) -> float:
