@@ -29,6 +29,7 @@ def metrics(arm, seed, steps=100, noise=0.03):
             **{f"capo/policy_shift/{k}": float(kl * f) for k, f in (("mean", 1), ("p99", 30))},
             **{f"capo/objective_shift/{k}": float(kl * f * rng.normal(1, 1)) for k, f in (("mean", 3), ("p99", 90))},
             "budget/kl": float(kl), "budget/nats": float(kl * rng.uniform(0.7, 1.2)), "budget/passes": 2.0,
+            "budget/alpha": float(1e-3 * rng.uniform(0.5, 2)), "completions/mean_length": 14.0,
             "budget/taken_back": float(step % 50 == 0), "time/generate": 0.2, "time/reward": 0.01,
             "time/curvature": 0.04, "time/measure": 0.05, "time/train": 0.3,
             "time/total": 0.6,
@@ -40,7 +41,8 @@ def write_run(folder, arm, seed, rows=None, tests=True):
     """Write config.yaml, metrics.jsonl and eval.jsonl of one run."""
     rows = metrics(arm, seed) if rows is None else rows
     folder.mkdir(parents=True, exist_ok=True)
-    config = f"seed: {seed}\nmax_steps: 100\ntemperature: 0.9\nrecipe: {arm.recipe}\nenvironment:\n  commit: c{seed}\n"
+    config = f"seed: {seed}\nmax_steps: 100\ntemperature: 0.9\ncapo: {{step_policy_shift: 0.0001}}\n"
+    config += f"recipe: {arm.recipe}\nenvironment:\n  commit: c{seed}\n"
     (folder / "config.yaml").write_text(config)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     points = [{"step": 0, "test": 0.3}, *({"step": r["step"], "test": 0.9 * r["reward"]} for r in rows[9::10])]

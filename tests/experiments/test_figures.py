@@ -59,6 +59,15 @@ EXPERIMENTS = {
     "tuning_budget": "{title: budgets, extends: tuning_methods}",
     "no_rate": "{title: no rate, extends: fig2}",
     "tuning_sgd": "{title: SGD, extends: tuning_methods}",
+    "tuning_rates": "{title: rates, extends: tuning_methods}",
+    "long": "{title: long, extends: fig2}",
+    "guarantee": "{title: guarantee, extends: fig2}",
+    "first_guess": "{title: first guess, extends: fig2}",
+    "equal_tuning": """
+        {title: equal tuning, seeds: [2, 3], arms: [
+          {label: budget, recipe: grpo_budget, grid: {budget.entropy_share: [0.001, 0.003]}},
+          {label: GRPO, recipe: grpo_aggressive, grid: {learning_rate: [4.0e-4, 1.6e-3]}}]}""",
+    "equal_tuning_batch": "{title: equal tuning, extends: equal_tuning}",
     "common": "{}",
 }
 
@@ -184,13 +193,13 @@ def test_smoothing_is_applied_and_stated(fig2):
 
 
 def test_every_figure_is_made(place, fig2):
-    for name in ("fig6", "fig7", "fig8", "stability", "transfer", "tuning_methods"):
+    for name in ("fig6", "fig7", "fig8", "stability", "transfer", "tuning_methods", "equal_tuning"):
         synthetic_runs.write_experiment(experiments.load(name))
     for name, entry in figures.FIGURES.items():
         if name == "stability_grid":
             continue
         if entry.scales:
-            data = curves.load_scales(name, None, entry.keys)
+            data = curves.load_scales(name, None, entry.keys, entry.partial)
         else:
             data = curves.load(experiments.load(name), entry.keys)
         result = entry.result(data, 0.9)

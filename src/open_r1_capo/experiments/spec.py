@@ -57,7 +57,7 @@ class Arm:
     def value(self, key: str) -> float | None:
         """The number that the override of `key` sets, if there is one."""
         value = dict(item.split("=", 1) for item in self.overrides).get(key)
-        return None if value is None else float(value)
+        return None if value in (None, "null") else float(value)
 
 
 @dataclass(frozen=True)

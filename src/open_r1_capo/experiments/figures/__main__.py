@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from open_r1_capo.experiments import spec as experiments
-from open_r1_capo.experiments.figures import budgets, calibration, curves, paper, stability, tables
+from open_r1_capo.experiments.figures import budgets, calibration, curves, equal, paper, stability, tables
 from open_r1_capo.experiments.figures.curves import TEST, Data
 from open_r1_capo.experiments.figures.drawing import Result, draw, save
 from open_r1_capo.runs.exit import BAD_INPUT, UserError, run_cli
@@ -30,6 +30,8 @@ class Entry:
     keys: tuple[str, ...] = ()  # metrics that it reads, beside those of every figure
     panels: Callable[[Data], paper.Layout] | None = None
     scales: bool = False  # shows every scale that has runs, side by side: `make` gets a list of data
+    also: tuple[str, ...] = ()  # further experiments whose runs it shows, if there are any
+    partial: bool = False  # an arm may be without runs
 
     def result(self, data: Data | list[Data], smooth: float) -> Result:
         """Make it; `smooth` is the weight of the curves' moving average, 0 for none."""
@@ -41,6 +43,7 @@ STEP_SIZES = Entry(stability.step_sizes, ("grad_norm", "capo/measured_kl"))
 TUNING = Entry(tables.tuning, tables.ACTS)
 BUDGETS = Entry(budgets.budgets, budgets.KEYS)
 TRANSFER = Entry(tables.transfer, tables.ACTS, scales=True)
+EQUAL = Entry(equal.equal_tuning, equal.KEYS, scales=True, also=("equal_tuning_batch",), partial=True)
 FIGURES = {
     "fig1": Entry(panels=paper.fig1),
     "fig2": Entry(panels=paper.fig2, keys=(TEST,)),
@@ -64,6 +67,11 @@ FIGURES = {
     "tuning_sgd": TUNING,
     "tuning_budget": BUDGETS,
     "no_rate": BUDGETS,
+    "long": Entry(panels=budgets.long_runs, keys=("capo/measured_kl",)),
+    "guarantee": Entry(budgets.guarantee, budgets.GUARANTEE_KEYS),
+    "first_guess": Entry(budgets.first_guesses, budgets.GUESS_KEYS),
+    "equal_tuning": EQUAL,
+    "tuning_rates": TUNING,
     "efficiency": Entry(tables.efficiency, (TEST,)),
     "transfer": TRANSFER,
     "transfer_batch": TRANSFER,
@@ -83,7 +91,8 @@ def make(name: str, options: argparse.Namespace) -> list[Path]:
     """
     entry = FIGURES[name]
     if entry.scales:
-        data = curves.load_scales(name, options.seeds, entry.keys)
+        names = [name, *(other for other in entry.also if curves.scales_with_runs(other, options.seeds))]
+        data = [one for each in names for one in curves.load_scales(each, options.seeds, entry.keys, entry.partial)]
     else:
         data = curves.load(experiments.load(name, options.scale, options.seeds), entry.keys)
     result = entry.result(data, options.smooth)

@@ -139,8 +139,12 @@ def check_settings(runs: list[RunData]) -> None:
                 )
 
 
-def load(experiment: Experiment, keys: Iterable[str]) -> Data:
-    """Read ALWAYS and `keys` of an experiment's runs; a FigureError if an arm's runs are missing or do not match."""
+def load(experiment: Experiment, keys: Iterable[str], partial: bool = False) -> Data:
+    """Read ALWAYS and `keys` of an experiment's runs.
+
+    Raises:
+        FigureError: runs do not match, or an arm has none; where `partial`, that no arm has any.
+    """
     keys, warnings, lines, absent = tuple(keys), [], [], []
     for arm in experiment.arms:
         runs = []
@@ -157,10 +161,10 @@ def load(experiment: Experiment, keys: Iterable[str]) -> Data:
     command = f"make experiment NAME={experiment.name} SCALE={experiment.scale} SEEDS={len(experiment.seeds)}"
     gap = f"{len(absent)} of {wanted} runs are missing or unfinished (the first: {absent[0]})" if absent else ""
     labels = {line.arm.label for line in lines if not line.runs}
-    if experiment.search:  # bisection leaves most of a grid out
+    if experiment.search or partial:  # bisection leaves most of a grid out
         lines = [line for line in lines if line.runs]
-        labels -= {line.arm.label for line in lines}
-    elif absent and not labels:
+        labels = set() if partial else labels - {line.arm.label for line in lines}
+    if absent and not labels and not experiment.search:
         warnings.append(f"{gap}; {command} makes them")
     if labels or not lines:
         without = f"{min(labels)!r} has no finished run; " if labels else ""
@@ -168,8 +172,8 @@ def load(experiment: Experiment, keys: Iterable[str]) -> Data:
     return Data(experiment, lines, warnings)
 
 
-def load_scales(name: str, seeds: int | None, keys: Iterable[str]) -> list[Data]:
-    """Read an experiment at every scale that can be drawn, with a warning for the others.
+def load_scales(name: str, seeds: int | None, keys: Iterable[str], partial: bool = False) -> list[Data]:
+    """Read an experiment at every scale that can be drawn, with a warning for the others; see `load`.
 
     Raises:
         FigureError: no scale can be drawn.
@@ -177,7 +181,7 @@ def load_scales(name: str, seeds: int | None, keys: Iterable[str]) -> list[Data]
     scales, warnings, keys = [], [], tuple(keys)
     for experiment in scales_with_runs(name, seeds):
         try:
-            scales.append(load(experiment, keys))
+            scales.append(load(experiment, keys, partial))
         except UserError as error:
             warnings.append(f"without {experiment.scale}: {error}")
     if not scales:
