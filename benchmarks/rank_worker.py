@@ -27,6 +27,7 @@ from open_r1_capo.settings.budget import BudgetConfig
 from open_r1_capo.settings.capo import capo_config
 from open_r1_capo.tasks.data import to_prompts
 from open_r1_capo.tasks.lab.task import problems
+from open_r1_capo.training.budget_trainer import BudgetTrainer
 from open_r1_capo.training.run import quiet
 from open_r1_capo.training.trainer import CAPOTrainer
 
@@ -59,17 +60,22 @@ def completions(step: int, first: int, count: int, vocabulary: int) -> dict[str,
     }
 
 
-class Rank(CAPOTrainer):
-    """Trains on `completions`, and keeps the selection of every sequence."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.seen: dict[str, tuple[list[float], ...]] = {}
+class BudgetRank(BudgetTrainer):
+    """Trains on `completions`."""
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
         first = self.accelerator.process_index * len(inputs)
-        return batch | completions(self.state.global_step, first, len(inputs), self.step_model.vocab_size)
+        vocabulary = len(self.processing_class)
+        return batch | completions(self.state.global_step, first, len(inputs), vocabulary)
+
+
+class CAPORank(BudgetRank, CAPOTrainer):
+    """Keeps the selection of every sequence, too."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.seen: dict[str, tuple[list[float], ...]] = {}
 
     def _weigh_tokens(self, inputs, hidden, input_ids, attention_mask, entropies):
         part = super()._weigh_tokens(inputs, hidden, input_ids, attention_mask, entropies)
@@ -155,23 +161,24 @@ def train(policy: Path, out: Path, training: dict[str, Any], capo: dict[str, Any
         **training,
     )
     shard_on_cpus()
-    trainer = Rank(
+    common = dict(
         model=AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
         reward_funcs=[lambda completion_ids, **kwargs: [0.0] * len(completion_ids)],
         args=args,
         processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
         train_dataset=to_prompts(Dataset.from_list(problems("train", 24, seed=3)), None),
         budget=BudgetConfig(**capo.pop("budget", {})),
-        capo=capo_config(**capo),
     )
+    config = capo_config(**capo)
+    trainer = CAPORank(**common, capo=config) if config.on else BudgetRank(**common)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     model, bytes_held = trainer.accelerator.unwrap_model(trainer.model), held(trainer)
     return {
         "held": bytes_held,
         "kind": trainer.accelerator.distributed_type.value,
-        "seen": trainer.seen,
-        "state": trainer.step_model.state_dict(),
+        "seen": trainer.seen if config.on else {},
+        "state": trainer.step_model.state_dict() if config.on else {},
         "parameters": {name: whole(parameter) for name, parameter in model.named_parameters()},
         "metrics": [row for row in trainer.state.log_history if "reward" in row],
     }

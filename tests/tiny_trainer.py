@@ -9,6 +9,7 @@ from open_r1_capo.settings.budget import BudgetConfig
 from open_r1_capo.settings.capo import capo_config
 from open_r1_capo.tasks.data import to_prompts
 from open_r1_capo.tasks.lab.task import problems
+from open_r1_capo.training.budget_trainer import BudgetTrainer
 from open_r1_capo.training.run_trainer import RunTrainer
 from open_r1_capo.training.trainer import CAPOTrainer
 
@@ -67,9 +68,10 @@ def build(
     if capo is None:
         return GRPOTrainer(**common)
     config = capo_config(**capo)
-    if not config.on:
-        return RunTrainer(**common, advantage_baseline=baseline, optimizer=optimizer)
     budget = BudgetConfig(**budget) if budget else None
+    if not config.on:
+        common |= {"advantage_baseline": baseline, "optimizer": optimizer}
+        return BudgetTrainer(**common, budget=budget) if budget else RunTrainer(**common)
     return CAPOTrainer(**common, capo=config, advantage_baseline=baseline, records=records, budget=budget)
 
 

@@ -7,6 +7,7 @@ import tiny_trainer
 from open_r1_capo.settings.budget import BudgetConfig
 from open_r1_capo.settings.capo import ConfigError
 from open_r1_capo.settings.values import make
+from open_r1_capo.training.budget_trainer import BudgetTrainer
 
 METHODS = {
     "grpo": {"loss_type": "grpo", "scale_rewards": "group"},
@@ -16,6 +17,7 @@ METHODS = {
 WHOLE = 10_000  # the support is the vocabulary: measured KLs are exact, not lower bounds
 OBSERVE = {"mode": "observe", "top_k": WHOLE}
 MASK = {"mode": "mask", "max_policy_shift": 1e-2, "top_k": WHOLE}
+OFF = {"mode": "off"}
 SCALE = {"mode": "scale", "max_policy_shift": 1e-4, "denominator": "all", "top_k": WHOLE}
 
 
@@ -70,9 +72,93 @@ def test_every_step_keeps_its_budget(build, method, capo, rule):
     assert trainer.optimizer.param_groups[0]["lr"] == 1.0
 
 
-def test_a_share_of_the_entropy_and_of_the_sequences(build):
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rule", ["target", "verify"])
+def test_without_curvature_the_sampled_kl_is_kept(build, method, rule):
+    """The estimate that is bounded is k3 of the step's own tokens, by hand from the model before and after."""
+    changes = METHODS[method] | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer = build(OFF, budget={"rule": rule, "nats": 1e-3}, max_steps=5, learning_rate=1.0, **changes)
+    found, asked, before, after = [], [], trainer.before_step, trainer.after_step
+
+    def log_probs():
+        rows = []
+        for one in asked:
+            ids, attention, width = (one.arguments[k] for k in ("input_ids", "attention_mask", "logits_to_keep"))
+            with torch.no_grad():
+                logits = trainer.model(input_ids=ids, attention_mask=attention).logits / trainer.temperature
+            chosen = logits[:, -width - 1 : -1].double().log_softmax(2)
+            rows.append(chosen.gather(2, ids[:, -width:, None])[..., 0][one.mask])
+        return torch.cat(rows)
+
+    def step():
+        asked[:] = trainer._asked
+        found.append(log_probs())
+        before()
+
+    def measured():
+        after()
+        ratio = log_probs() - found[-1]
+        found[-1] = float((ratio.exp() - 1 - ratio).mean())
+
+    trainer.before_step, trainer.after_step = step, measured
+    trainer.train()
+    rows = steps(trainer)
+    assert len(rows) == len(found) == 5
+    for row, kl in zip(rows, found, strict=True):
+        assert row["budget/kl"] == pytest.approx(kl, rel=1e-3, abs=5e-7) and row["budget/kl"] <= 1.5e-3
+        if rule == "target" and kl > 0:
+            assert row["budget/kl"] >= 1e-3 / 1.5 or row["budget/passes"] == 8
+        assert "capo/measured_kl" not in row
+    assert trainer.optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_any_optimizer_keeps_a_budget_without_curvature(build):
+    pytest.importorskip("pytorch_optimizer")
+    trainer = build(OFF, budget={"rule": "target", "nats": 1e-3}, optimizer="lion", max_steps=4)
+    trainer.train()
+    assert type(trainer.optimizer.optimizer).__name__ == "Lion"
+    assert all(0 < row["budget/kl"] <= 1.5e-3 for row in steps(trainer))
+
+
+def test_a_budget_that_never_acts_is_trls_own_step(build):
+    plain = build(None, max_steps=3)
+    plain.train()
+    bounded = build(OFF, budget={"rule": "verify", "nats": 1e9}, max_steps=3)
+    bounded.train()
+    assert torch.equal(tiny_trainer.parameters(plain), tiny_trainer.parameters(bounded))
+
+
+def test_a_gradient_that_is_not_finite_takes_no_step(build):
+    trainer = build(OFF, budget={"rule": "target", "nats": 1e-3}, max_steps=1)
+    start, before = tiny_trainer.parameters(trainer).clone(), trainer.before_step
+
+    def broken():
+        next(trainer.model.parameters()).grad.fill_(torch.nan)
+        before()
+
+    trainer.before_step = broken
+    trainer.train()
+    assert torch.equal(tiny_trainer.parameters(trainer), start)
+
+
+def test_dropout_is_refused(build):
+    with pytest.raises(ValueError, match="a KL budget measures the policy of the backward pass, which dropout makes"):
+        trainer = build(OFF, disable_dropout=False)
+        trainer.model.config.attention_dropout = 0.1
+        BudgetTrainer(
+            model=trainer.model,
+            reward_funcs=trainer.reward_funcs,
+            args=trainer.args,
+            train_dataset=trainer.train_dataset,
+            processing_class=trainer.processing_class,
+            budget=BudgetConfig(rule="target", nats=1e-3),
+        )
+
+
+@pytest.mark.parametrize("mode", ["observe", "off"])
+def test_a_share_of_the_entropy_and_of_the_sequences(build, mode):
     budget = {"rule": "target", "entropy_share": 1e-3, "share": 0.5}
-    trainer = build({"mode": "observe"}, budget=budget, max_steps=4)
+    trainer = build({"mode": mode}, budget=budget, max_steps=4)
     trainer.train()
     for row in steps(trainer):
         assert row["budget/nats"] == pytest.approx(1e-3 * row["entropy"], rel=0.05)
@@ -104,10 +190,11 @@ def test_none_is_off(build):
     assert not steps(trainer)
 
 
-def test_it_goes_on_exactly(build, tmp_path):
+@pytest.mark.parametrize("capo", [MASK, OFF], ids=["mask", "off"])
+def test_it_goes_on_exactly(build, tmp_path, capo):
     def train(resume=None):
         budget = {"rule": "target", "entropy_share": 1e-3, "schedule": "cosine2"}
-        trainer = build(MASK, budget=budget, max_steps=4, save_strategy="steps", save_steps=2)
+        trainer = build(capo, budget=budget, max_steps=4, save_strategy="steps", save_steps=2)
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 

@@ -174,6 +174,25 @@ def test_two_ranks_in_shards_are_one(accelerator, tied, one_process, tmp_path):
         assert difference["metrics"][0] < 5e-3, (case, difference["metrics"])
 
 
+@pytest.mark.parametrize("accelerator", ["ddp", "fsdp"])
+def test_a_budget_without_curvature_in_ranks(accelerator, tmp_path):
+    """Every rank measures the same KL, moves alike and ends alike; one process takes the same steps."""
+    model = ranks.policy(tmp_path / "policy")
+    cases = {"budget": ({}, {"mode": "off", "budget": {"rule": "target", "nats": 1e-4}})}
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    alone = ranks.run(None, 1, model, tmp_path / "one", cases)["budget"][0]
+    first, second = ranks.run(accelerator, 2, model, tmp_path / "two", cases)["budget"]
+    for name, value in first["parameters"].items():
+        assert torch.equal(value, second["parameters"][name]), name
+        if not name.endswith("k_proj.bias"):  # without a gradient but for rounding
+            assert (value - alone["parameters"][name]).abs().max() < 1e-5, name
+    for row, reference in zip(first["metrics"], alone["metrics"], strict=True):
+        assert 0 < row["budget/kl"] <= 1.5e-4
+        assert row["budget/kl"] == pytest.approx(reference["budget/kl"], rel=2e-2)
+        assert row["budget/passes"] == reference["budget/passes"]
+
+
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 ENTRY = """

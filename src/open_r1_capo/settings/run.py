@@ -97,8 +97,6 @@ class RunConfig:
                 )
         if "/" in self.variant:
             raise ValueError(f"variant is a part of a folder's name and has no '/', got {self.variant!r}")
-        if self.budget.on and not self.capo.on:
-            raise ValueError("budget.rule needs the step's tokens: use capo.mode=observe, which changes nothing else")
         if self.budget.on and self.capo.step.acts:
             raise ValueError("budget.rule measures each step, capo.step_policy_shift predicts it: leave one out")
         if not self.reward_funcs:

@@ -19,6 +19,7 @@ from open_r1_capo.tasks.data import SYSTEM_PROMPT, to_prompts
 from open_r1_capo.tasks.held_out import held_out_accuracy, suite_accuracy
 from open_r1_capo.tasks.rewards import get_reward_funcs
 from open_r1_capo.tasks.source import policy_source, problem_source
+from open_r1_capo.training.budget_trainer import BudgetTrainer
 from open_r1_capo.training.generation.adapter import attach
 from open_r1_capo.training.generation.choice import backend_for
 from open_r1_capo.training.run_trainer import RunTrainer
@@ -148,7 +149,8 @@ def make_trainer(
             records = token_records(config, args, tokenizer)
             trainer = kind(**common, capo=config.capo, budget=config.budget, records=records)
         else:
-            trainer = RunTrainer(**common, optimizer=config.optimizer)
+            common |= {"optimizer": config.optimizer}
+            trainer = BudgetTrainer(**common, budget=config.budget) if config.budget.on else RunTrainer(**common)
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"the trainer cannot be built: {' '.join(str(error).split())}") from None
     trainer.remove_callback(PrinterCallback)

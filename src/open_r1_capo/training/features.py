@@ -53,6 +53,17 @@ def check_head(model: PreTrainedModel) -> None:
             )
 
 
+def check_dropout(model: torch.nn.Module) -> None:
+    """Refuse a model whose log-probabilities differ from one pass to the next (ValueError)."""
+    layers = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    settings = [v for k, v in vars(model.config).items() if "dropout" in k and isinstance(v, float)]
+    if any(value > 0 for value in [*layers, *settings]):
+        raise ValueError(
+            "a KL budget measures the policy of the backward pass, which dropout makes a random one: set "
+            "disable_dropout=True (and lora_dropout=0)"
+        )
+
+
 @contextmanager
 def captured_hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Collect what the LM head reads: each forward's last hidden state (B, L, D), detached, in a list that is yielded.
@@ -81,11 +92,11 @@ def completion_hidden_states(
     """
     with captured_hidden_states(model) as captured:  # FSDP knows the end of a pass by the whole model's
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
-    _reshard(model)
+    reshard(model)
     return predicting(captured[0], mask)
 
 
-def _reshard(model: PreTrainedModel) -> None:
+def reshard(model: PreTrainedModel) -> None:
     """Let FSDP put the last norm and the head back into shards, which it keeps whole until a backward pass.
 
     Otherwise `zero_grad` does not find the gradients of their shards, and the next step's are added to them.

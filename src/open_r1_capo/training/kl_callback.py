@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 
 from open_r1_capo.budget import KLBudget, Schedule, Taken, sampled_kl
 from open_r1_capo.runs.run import write_atomically
+from open_r1_capo.training.features import check_dropout
 
 logger = logging.getLogger(__name__)
 STATE = "kl_budget.json"  # in each checkpoint folder
@@ -91,7 +92,7 @@ class KLBudgetCallback(TrainerCallback):
         """
         if self._hook is not None or getattr(optimizer, "kl_budget", None) not in (None, self):
             raise ValueError("this trainer has a KLBudgetCallback already: add it once")
-        _refuse_dropout(model)
+        check_dropout(model)
         optimizer.kl_budget = self
         self.budget = KLBudget(optimizer, schedule=Schedule(self.shape, state.max_steps), **self.options)
         saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
@@ -176,17 +177,6 @@ class KLBudgetCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             write_atomically(folder / STATE, json.dumps(self.budget.state_dict()))
-
-
-def _refuse_dropout(model: Any) -> None:
-    """Raise ValueError for a model whose log-probabilities differ from one pass to the next."""
-    layers = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    settings = [v for k, v in vars(model.config).items() if "dropout" in k and isinstance(v, float)]
-    if any(value > 0 for value in [*layers, *settings]):
-        raise ValueError(
-            "KLBudgetCallback measures the policy of the backward pass, which dropout makes a random one: set "
-            "disable_dropout=True (and lora_dropout=0)"
-        )
 
 
 def _over_ranks(parts: list[tuple[float, int]]) -> float:

@@ -13,9 +13,9 @@ One update, from top to bottom:
    bit.
 2. Before the last backward pass, the accepted tokens of all micro-batches and ranks are committed to the optimizer
    model, which then knows the step; the step rule may shorten its rate (`_commit`, `budget/`).
-3. Before `optimizer.step`, a gradient that is not finite or unusually large is thrown away (`before_step`).
+3. Before `optimizer.step`, a gradient that is not finite or unusually large is thrown away (`throws_away`).
 4. After it, the true KL is measured on the update's own tokens (`after_step`). The step rule learns from it; or, with
-   a KL budget, the parameters are moved along the step until it fits (`budget/kl_budget.py`).
+   a KL budget, the parameters are moved along the step until it fits (`budget_trainer.py`).
 """
 
 from __future__ import annotations
@@ -27,30 +27,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_r1_capo.budget import KLBudget, Schedule
 from open_r1_capo.budget.rules import STATE, NormGuard
 from open_r1_capo.capo import AdamStep, SGDStep, TokenBatch, TokenSelection, objective_shift, policy_shift
 from open_r1_capo.capo.curvature import predicted_kl, sgd_shifts
-from open_r1_capo.settings.budget import BudgetConfig
 from open_r1_capo.settings.capo import CAPOConfig
-from open_r1_capo.settings.values import ConfigError
+from open_r1_capo.training.budget_trainer import BudgetTrainer, token_mask
 from open_r1_capo.training.features import captured_hidden_states, check_head, policy_support, predicting
 from open_r1_capo.training.measure import Measured, measure, metrics
 from open_r1_capo.training.ranks import gather_selection, sum_ranks, sum_rows
-from open_r1_capo.training.run_trainer import RunTrainer
 from open_r1_capo.training.token_records import TokenRecords
 from open_r1_capo.training.update import MicroBatch, Update, gradient_scale, step_generator, subsets
 
 
-class CAPOTrainer(RunTrainer):
+class CAPOTrainer(BudgetTrainer):
     """TRL's GRPO trainer with curvature-aware token weights.
 
     Args:
-        *args: as `RunTrainer`.
-        capo: what CAPO does; with `mode=off`, `RunTrainer` is the trainer to use.
-        budget: the KL budget of a step, or None.
+        *args: as `BudgetTrainer`.
+        capo: what CAPO does; with `mode=off`, `BudgetTrainer` or `RunTrainer` is the trainer to use.
         records: keeps what became of the tokens of some steps, or None.
-        **kwargs: as `RunTrainer`.
+        **kwargs: as `BudgetTrainer`, with the KL budget of a step.
 
     Raises:
         ValueError: the model's logits are not a plain linear layer of its hidden states.
@@ -60,21 +56,17 @@ class CAPOTrainer(RunTrainer):
         self,
         *args: Any,
         capo: CAPOConfig,
-        budget: BudgetConfig | None = None,
         records: TokenRecords | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         check_head(self._policy)
         self.capo = capo
-        self.budget_config = budget if budget and budget.on else None
-        self.budget: KLBudget | None = None  # made with the optimizer
         self.records = records if self.accelerator.is_main_process else None
         self.counters["accepted_tokens"] = 0
         self.step_rule, self.guard = capo.step, NormGuard(capo.skip_gradient_norm)
         self.step_model = self._optimizer_model()
         self.update = Update()
-        self._inputs: dict[str, Any] | None = None  # of the micro-batch whose loss is being computed
 
     def _optimizer_model(self) -> AdamStep | SGDStep:
         if self.capo.optimizer_model == "sgd":
@@ -82,20 +74,6 @@ class CAPOTrainer(RunTrainer):
         config, args = self._policy.config.get_text_config(), self.args
         adam = (args.adam_beta1, args.adam_beta2, args.adam_epsilon)
         return AdamStep(config.vocab_size, config.hidden_size, *adam, self.capo.moment_average, self.capo.absent_rows)
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Make the optimizer, and the budget of its steps."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        config = self.budget_config
-        if config and self.budget is None:
-            options = {"rule": config.rule, "tolerance": config.tolerance, "max_passes": config.max_passes}
-            schedule = Schedule(config.schedule, self.args.max_steps, config.warmup_steps)
-            share = config.entropy_share
-            try:
-                self.budget = KLBudget(optimizer, config.nats, entropy_share=share, schedule=schedule, **options)
-            except ValueError as error:
-                raise ConfigError(f"budget.rule={config.rule}: {error}") from None
-        return optimizer
 
     @property
     def _policy(self) -> Any:
@@ -106,23 +84,18 @@ class CAPOTrainer(RunTrainer):
     # --- 1. each micro-batch: weigh its tokens -----------------------------------------------------------------------
 
     def _compute_loss(self, model, inputs):
-        if not self.model.training:
-            return super()._compute_loss(model, inputs)
-        self._inputs = inputs
-        try:
-            loss = super()._compute_loss(model, inputs)
-        finally:
-            self._inputs = None
-        if self.accelerator.sync_gradients:
+        loss = super()._compute_loss(model, inputs)
+        if self.model.training and self.accelerator.sync_gradients:
             self._commit()
         return loss
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         call = (model, input_ids, attention_mask, logits_to_keep, *args)
+        plain = super(BudgetTrainer, self)._get_per_token_logps_and_entropies  # the micro-batch is kept here
         if self._inputs is None:  # the old or the reference policy's, or an evaluation
-            return super()._get_per_token_logps_and_entropies(*call, **kwargs)
+            return plain(*call, **kwargs)
         with captured_hidden_states(self._policy) as captured:
-            logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*call, **kwargs)
+            logps, entropies, aux_loss = plain(*call, **kwargs)
         with self._clock("curvature"), torch.no_grad():
             micro_batch = self._weigh_tokens(self._inputs, torch.cat(captured), input_ids, attention_mask, entropies)
             self.update.micro_batches.append(micro_batch)
@@ -136,9 +109,7 @@ class CAPOTrainer(RunTrainer):
         self, inputs: dict[str, Any], hidden: Tensor, input_ids: Tensor, attention_mask: Tensor, entropies: Tensor
     ) -> MicroBatch:
         """Propose each token's step, predict its shifts, weigh it, and hand the accepted ones to the step model."""
-        capo, mask = self.capo, inputs["completion_mask"].bool()
-        if "tool_mask" in inputs:
-            mask = mask & inputs["tool_mask"].bool()
+        capo, mask = self.capo, token_mask(inputs)
         h, actions = predicting(hidden, mask), inputs["completion_ids"][mask]
         closed_form = capo.optimizer_model == "sgd" and capo.granularity == "token"
         support = policy_support(self._policy, h, actions, self.temperature, capo.top_k, closed_form)
@@ -229,49 +200,45 @@ class CAPOTrainer(RunTrainer):
         return norm
 
     def before_step(self) -> None:
-        """Throw away a gradient that is not finite or, if asked, far larger than usual: no parameter moves.
+        """As `BudgetTrainer`; DeepSpeed has taken the step within its backward pass."""
+        if all(p.grad is None for p in self.model.parameters()):
+            return
+        super().before_step()
+        self.record({"capo/skipped_step": float(self.skipped)})
+
+    def throws_away(self) -> bool:
+        """Whether the gradient is not finite or, if asked, far larger than usual.
 
         Plain TRL would take the step. The optimizer keeps its moments too; the step model has committed by then.
         """
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if not gradients:  # DeepSpeed has taken the step within its backward pass
-            return
-        finite = bool(torch.stack([g.detach().sum().isfinite() for g in gradients]).all())
-        self.update.skipped = not finite or self.guard.skips(self.update.gradient_norm)
-        if self.budget and not self.update.skipped:
-            entropies = [one.entropy[one.entropy.isfinite()].double() for one in self.update.micro_batches]
-            totals = torch.stack([torch.stack([e.sum(), e.new_tensor(len(e))]) for e in entropies]).sum(0).cpu()
-            total, count = sum_ranks(self.accelerator, totals).tolist()
-            self.update.nats = self.budget.budget(entropy=max(total / max(1, count), 1e-6))
-            self.budget.begin(self.update.nats)
-        elif self.budget:
-            self.budget.skip()
-        if self.update.skipped:
-            for parameter in self.model.parameters():
-                parameter.grad = None
-        self.record({"capo/skipped_step": float(self.update.skipped)})
+        return super().throws_away() or self.guard.skips(self.update.gradient_norm)
+
+    def entropies(self) -> list[Tensor]:
+        """The policy's entropy at the update's tokens, in nats: (N,) of each micro-batch."""
+        return [one.entropy for one in self.update.micro_batches]
 
     # --- 4. after the step: measure it -------------------------------------------------------------------------------
 
     def after_step(self) -> None:
-        """Restore the schedule's learning rate, and measure how far the policy really moved."""
-        update, self.update = self.update, Update()
-        taken_lr = 0.0 if update.skipped else self.optimizer.param_groups[0]["lr"]
-        logs, found = {}, [None] * len(update.micro_batches)
-        if self.budget and not update.skipped:
-            taken_lr, logs, found = self._settle(update)
+        """Settle or measure the step, and restore the schedule's learning rate."""
+        taken_lr = 0.0 if self.skipped else self.optimizer.param_groups[0]["lr"]
+        self._measured: tuple[dict[str, float], list[Measured]] = {}, [None] * len(self.update.micro_batches)
+        if self.budget and not self.skipped:
+            taken_lr = self.settle()
+        update, self.update, (logs, found) = self.update, Update(), self._measured
         for group, lr in zip(self.optimizer.param_groups, update.scheduled_lrs, strict=True):
             group["lr"] = lr
         if self.capo.measure_kl > 0 and not logs:
             with self._clock("measure"):
                 logs, found = self._measure(update, self.capo.measure_kl)
-            if self.step_rule.learns and not update.skipped:
+            if self.step_rule.learns and not self.skipped:
                 self.step_rule.observe(logs["measured_kl"], update.planned_kl)
         self.record({f"capo/{name}": value for name, value in logs.items()})
         if self.records:
             lr, step = update.rate, self.state.global_step + 1
             whole = {"step": step, "lr": lr, "taken_lr": taken_lr, "measured_kl": logs.get("measured_kl")}
             self.records.offer(whole, update.micro_batches, found)
+        self.skipped = False
 
     def _measure(self, update: Update, share: float) -> tuple[dict[str, float], list[Measured]]:
         """The policy as it is now against the one before the step: metrics over all ranks, and a part of each."""
@@ -279,23 +246,19 @@ class CAPOTrainer(RunTrainer):
         found = [measure(self._policy, one, *how) for one in update.micro_batches]
         return metrics(self.accelerator, update.micro_batches, found), found
 
-    def _settle(self, update: Update) -> tuple[float, dict[str, float], list[Measured]]:
-        """Move along the step until its KL fits the budget; returns the rate that was taken, and its measurement."""
-        measured: tuple[dict[str, float], list[Measured]] = {}, []
+    def measured_kl(self) -> float:
+        """The KL of the step on the support, exact; a lower bound where the support is not the whole vocabulary."""
+        self._measured = self._measure(self.update, self.budget_config.share)
+        logs = self._measured[0]
+        return math.inf if logs["measured_non_finite"] > 0 else logs["measured_kl"]
 
-        def kl() -> float:
-            nonlocal measured
-            measured = self._measure(update, self.budget_config.share)
-            unusable = measured[0]["measured_non_finite"] > 0
-            return math.inf if unusable else measured[0]["measured_kl"]
-
-        with self._clock("measure"):
-            taken = self.budget.settle(kl, update.nats)
-            if taken.kl != measured[0]["measured_kl"]:  # it went back to a shorter step, or to none
-                kl()
-        self.record({"budget/kl": taken.kl, "budget/nats": taken.nats, "budget/alpha": taken.alpha})
-        self.record({"budget/passes": taken.passes, "budget/taken_back": float(taken.taken_back)})
-        return taken.alpha, *measured
+    def settle(self) -> float:
+        """As `BudgetTrainer`; what is recorded of the tokens is the step that was taken, not the last one tried."""
+        rate = super().settle()
+        if self._measured[0].get("measured_kl") != self.taken.kl:  # it went back to a shorter step, or to none
+            with self._clock("measure"):
+                self.measured_kl()
+        return rate
 
     # --- records and checkpoints -------------------------------------------------------------------------------------
 
@@ -314,7 +277,6 @@ class CAPOTrainer(RunTrainer):
         state, numbers = super()._state()
         numbers |= {name: getattr(self.step_rule, name) for name in STATE if hasattr(self.step_rule, name)}
         numbers |= {"gradient_norms": self.guard.norms}
-        numbers |= {"budget": self.budget.state_dict()} if self.budget else {}
         return state | self.step_model.state_dict(), numbers
 
     def _load_state(self, state, numbers):
@@ -324,5 +286,3 @@ class CAPOTrainer(RunTrainer):
             if hasattr(self.step_rule, name):
                 setattr(self.step_rule, name, numbers[name])
         self.guard.norms = numbers.get("gradient_norms", [])  # older checkpoints have none
-        if self.budget:
-            self.budget.load_state_dict(numbers["budget"])

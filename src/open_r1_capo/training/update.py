@@ -54,8 +54,6 @@ class Update:
         rate: α of the predicted shifts, before a step rule shortened it.
         planned_kl: m_F(batch) at the rate that the step is taken with, in nats.
         gradient_norm: before clipping.
-        skipped: the step is not taken.
-        nats: its KL budget, where there is one.
     """
 
     micro_batches: list[MicroBatch] = field(default_factory=list)
@@ -63,8 +61,6 @@ class Update:
     rate: float = 0.0
     planned_kl: float = 0.0
     gradient_norm: float = 0.0
-    skipped: bool = False
-    nats: float = 0.0
 
 
 def step_generator(*numbers: int) -> torch.Generator:
