@@ -14,7 +14,7 @@ from open_r1_capo.report.__main__ import main
 from open_r1_capo.report.compare import main as compare
 from open_r1_capo.report.facts import time_breakdown, worst_steps
 from open_r1_capo.report.page import embed, fit_metrics
-from open_r1_capo.report.panels import MEAN, TAKEN, metric_columns
+from open_r1_capo.report.panels import MEAN, STEP_KL, TAKEN, metric_columns
 from open_r1_capo.report.records import fit, read_records
 from open_r1_capo.report.run import bounds
 from open_r1_capo.runs.run import Run
@@ -150,7 +150,7 @@ def test_times_are_shares_of_the_total():
 
 def test_worst_steps():
     columns = {
-        "step": [1, 2, 3, 4, 5, 6, 7], "capo/measured_kl": [0.1, 0.5, 0.2, 0.0, None, 0.3, 0.1],
+        "step": [1, 2, 3, 4, 5, 6, 7], STEP_KL: [0.1, 0.5, 0.2, 0.0, None, 0.3, 0.1],
         "reward": [0.6, 0.6, 0.6, 0.6, 0.0, 0.0, 0.0],
     }  # fmt: skip
     kl, fall = worst_steps(columns)

@@ -109,6 +109,7 @@ def test_without_curvature_the_sampled_kl_is_kept(build, method, rule):
         if rule == "target" and kl > 0:
             assert row["budget/kl"] >= 1e-3 / 1.5 or row["budget/passes"] == 8
         assert "capo/measured_kl" not in row
+        assert row["learning_rate"] == (row["budget/alpha"] if rule == "target" else 1.0)
     assert trainer.optimizer.param_groups[0]["lr"] == 1.0
 
 

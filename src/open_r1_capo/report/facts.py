@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from open_r1_capo.report.panels import STEP_KL
 from open_r1_capo.runs.summary import duration
 
 # rows of the paper's Table 1, as far as a step has them: the metric, and what it covers
@@ -16,7 +17,7 @@ TIMES = (
     ("generate", "generation", "sampling the completions"),
     ("reward", "reward", "scoring them"),
     ("curvature", "curvature", "CAPO: support, proposed steps, shifts, selection, commit"),
-    ("measure", "measure", "the true KL after the step (capo.measure_kl)"),
+    ("measure", "measure", "the KL of the step after it was taken (capo.measure_kl, budget.share)"),
     ("train", "train", "forward and backward passes, optimizer, the rest"),
     ("total", "total", "the whole step"),
 )
@@ -45,7 +46,7 @@ def time_breakdown(columns: dict[str, list]) -> list[dict[str, Any]]:
 def worst_steps(columns: dict[str, list]) -> list[dict[str, Any]]:
     """The steps worth a look: each criterion with `name`, `percent` and `steps`, its WORST pairs (step, value)."""
     criteria = (
-        ("largest measured KL (nats)", columns.get("capo/measured_kl"), False),
+        ("largest measured KL (nats)", columns.get(STEP_KL), False),
         ("most tokens rejected", columns.get("capo/rejected_frac"), True),
         ("largest gradient norm", columns.get("grad_norm"), False),
         (f"largest fall of the reward (mean of {AROUND} steps after it − before)", _falls(columns), False),
@@ -86,7 +87,10 @@ def tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         share = summary.get(key)
         if share and (key == "rejected_frac" or share["max"]):
             shown.append((label, f"{share['mean']:.2%}", f"of a step on average; {share['max']:.2%} at most"))
-    if kl := summary.get("measured_kl"):
+    if budget := summary.get("budget"):
+        note = f"nats on average; {budget['largest_share']:.2f} × its budget at most"
+        shown.append(("measured KL of a step", f"{budget['kl']:.1e}", note))
+    elif kl := summary.get("measured_kl"):
         shown.append(("measured KL of a step", f"{kl['mean']:.1e}", f"nats on average; {kl['max']:.1e} at most"))
     factor = summary.get("step_scale")
     if factor and factor["min"] < 1:

@@ -22,6 +22,7 @@ TEST_COLUMNS = ("step", "completions", "accepted_tokens", "test", "test_stderr",
 TIMES = ("train", "generate", "total", "reward", "measure", "curvature")  # in the colours of the palette
 MEAN = "reward, running mean"
 TAKEN = "learning rate taken"
+STEP_KL = "KL of the step"
 RUN_COLOURS = (0, 1, 6, 4, 5, 3, 7, 2)
 DIGITS = 5  # significant, of a number on the page
 
@@ -88,9 +89,11 @@ PANELS = (
         "KL of the update (nats)",
         Line("capo/batch_policy_shift", "predicted at the scheduled rate", 2),
         Line("capo/measured_kl_head", "of the last layer alone", 1),
-        Line("capo/measured_kl", "measured", 0),
+        Line("budget/nats", "budget", 3, "dashed"),
+        Line(STEP_KL, "measured", 0),
         log=True,
     ),
+    _panel("Measurements of a step, until its KL fits", Line("budget/passes", "forward passes", 0), low=0),
     _panel(
         "Change of the surrogate objective, absolute",
         Line("capo/batch_objective_shift", "predicted at the scheduled rate", 2),
@@ -141,7 +144,7 @@ def compare_panels(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         panel("Largest token's policy shift m_F (nats)", "capo/policy_shift/max", log=True),
         panel("Policy shift of the step (nats)", "capo/batch_policy_shift", log=True),
         panel("Objective shift of the step, absolute", "capo/batch_objective_shift", log=True),
-        panel("Measured KL of the update (nats)", "capo/measured_kl", log=True),
+        panel("Measured KL of the update (nats)", STEP_KL, log=True),
         panel("Gradient norm before clipping", "grad_norm", log=True),
         panel("Entropy (nats a token)", "entropy", low=0),
         panel("Learning rate taken", TAKEN, low=0),
@@ -173,8 +176,12 @@ def metric_columns(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
     columns = {key: [number(row.get(key)) for row in rows] for key in keys}
     if "reward" in columns:
         columns[MEAN] = _running_mean(columns["reward"])
+    if measured := columns.get("budget/kl", columns.get("capo/measured_kl")):
+        columns[STEP_KL] = measured
     if "budget/alpha" in columns:  # the rate that filled the step's KL budget
         columns[TAKEN] = columns["budget/alpha"]
+        if columns.get("learning_rate") == columns[TAKEN]:  # there is no scheduled one
+            del columns["learning_rate"]
     elif "learning_rate" in columns:
         factors = columns.get("capo/step_scale", [1.0] * len(rows))
         columns[TAKEN] = [

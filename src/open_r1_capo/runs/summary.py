@@ -59,6 +59,15 @@ def summarise(
     for name, key in SPREADS.items():
         if values := known(key):
             summary[name] = {"mean": statistics.fmean(values), "max": max(values), "min": min(values)}
+    budgeted = [row for row in rows if finite(row.get("budget/kl")) is not None]
+    if budgeted:
+        kls = [row["budget/kl"] for row in budgeted]
+        summary["budget"] = {
+            "kl": statistics.fmean(kls),
+            "largest_share": max(row["budget/kl"] / row["budget/nats"] for row in budgeted),
+            "passes": statistics.fmean(row["budget/passes"] for row in budgeted),
+            "taken_back": int(sum(row["budget/taken_back"] for row in budgeted)),
+        }
     return summary
 
 
@@ -75,8 +84,8 @@ def summary_lines(run: Run) -> list[str]:
         )
         if a["accuracy"] < b["accuracy"] - 3 * b["standard_error"]:
             lines.append(
-                "  the policy collapsed   a lower learning_rate, RECIPE=capo_scale_aggressive or RECIPE=grpo_planned "
-                "may keep it (docs/results.md)"
+                "  the policy collapsed   a KL budget (RECIPE=grpo_budget) or a lower learning_rate may keep it "
+                "(docs/results.md)"
             )
     elif s["reward_windows"]:
         lines.append(f"  training reward    {s['reward_windows'][0]:.3f} → {s['reward_windows'][-1]:.3f}")
@@ -85,7 +94,12 @@ def summary_lines(run: Run) -> list[str]:
             lines.append(f"  tokens {name}    {share['mean']:.2%} on average, {share['max']:.2%} at most")
     if "step_scale" in s and s["step_scale"]["min"] < 1:
         lines.append(f"  learning rate      shortened to {s['step_scale']['mean']:.2f} of the schedule on average")
-    if "measured_kl" in s:
+    if "budget" in s:
+        b = s["budget"]
+        lines.append(f"  KL of a step       {b['kl']:.1e} on average, {b['largest_share']:.2f} × its budget at most")
+        back = f", {b['taken_back']} steps taken back" if b["taken_back"] else ""
+        lines.append(f"  measurements       {b['passes']:.1f} forward passes a step{back}")
+    elif "measured_kl" in s:
         lines.append(
             f"  KL of an update    {s['measured_kl']['mean']:.1e} on average, {s['measured_kl']['max']:.1e} at most"
         )

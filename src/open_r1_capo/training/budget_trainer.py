@@ -163,6 +163,12 @@ class BudgetTrainer(RunTrainer):
         total, count = sum_ranks(self.accelerator, totals).tolist()
         return total / max(1, count)
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the rate that was taken where there is no scheduled one."""
+        if self.taken and self.budget.rule == "target" and "learning_rate" in logs:
+            logs["learning_rate"] = self.taken.alpha
+        super().log(logs, start_time)
+
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def _state(self):

@@ -81,12 +81,14 @@ class RunCallback(TrainerCallback):
 
 
 def progress(row: dict[str, float], steps: int, seconds_left: float) -> str:
-    """One line below 100 characters: step, reward, rejected tokens, shifts, remaining time."""
+    """One line below 100 characters: step, reward, KL and budget or tokens and shifts, remaining time."""
     parts = [f"step {row['step']}/{steps}"]
     if "reward" in row:  # a step on completions of an earlier one has none
         parts.append(f"reward {row['reward']:.3f}")
-    if "capo/rejected_frac" in row:
-        changed = row["capo/rejected_frac"] + row["capo/scaled_frac"]
+    changed = row.get("capo/rejected_frac", 0.0) + row.get("capo/scaled_frac", 0.0)
+    if "budget/kl" in row:
+        parts += [f"KL {row['budget/kl']:.1e} of {row['budget/nats']:.1e}", f"rate {row['budget/alpha']:.1e}"]
+    if "capo/rejected_frac" in row and (changed or "budget/kl" not in row):
         parts += [f"{'scaled' if row['capo/scaled_frac'] else 'rejected'} {changed:.1%}"]
         parts += [f"m_F {row['capo/batch_policy_shift']:.1e}", f"m_H {row['capo/batch_objective_shift']:.1e}"]
         parts += [f"step x{row['capo/step_scale']:.2f}"] if row["capo/step_scale"] < 1 else []
