@@ -20,6 +20,7 @@ ALLOWED = {
     "runs": set(),
     "capo": set(),
     "budget": set(),
+    "plugins": {"budget"},
     "tasks": {"runs"},
     "report": {"runs"},
     "settings": {"runs", "capo", "budget", "tasks"},

@@ -188,6 +188,25 @@ def test_steps_without_a_signal_do_not_let_the_rate_drift():
     assert budget.alpha == alpha
 
 
+def test_a_process_whose_shard_has_no_gradient_lengthens_with_the_others():
+    """It must measure as often as they do."""
+    policies = {signal: Policy() for signal in (None, False, True)}
+    measured = dict.fromkeys(policies, 0)
+    for signal, policy in policies.items():
+        budget = KLBudget(policy.optimizer, nats=1e-3)
+        policy.backward()
+        policy.logits.grad.zero_()
+        budget.begin(1e-3)
+        policy.optimizer.step()
+
+        def measure(signal=signal):
+            measured[signal] += 1
+            return 1e-6
+
+        budget.settle(measure, 1e-3, signal=signal)
+    assert measured == {None: 1, False: 1, True: budget.max_passes}
+
+
 def test_a_kl_that_nothing_raises_does_not_lengthen_without_end():
     policy = Policy()
     budget = KLBudget(policy.optimizer, nats=1e-3)

@@ -31,6 +31,6 @@ def test_reinforce_loop(tiny_policy, capsys):
     assert all(float(line.split("KL ")[1].split()[0]) <= 1.5e-2 for line in lines)
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.*")), ids=lambda path: path.name)
 def test_examples_are_short(path):
     assert len(path.read_text().splitlines()) <= 60

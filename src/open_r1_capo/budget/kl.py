@@ -44,3 +44,14 @@ def sampled_kl(old_log_probs: Tensor, new_log_probs: Tensor, mask: Tensor | None
         return Estimate(float("nan"), float("nan"), 0)
     error = k3.std() / len(k3) ** 0.5 if len(k3) > 1 else torch.tensor(float("nan"))
     return Estimate(float(k3.mean()), float(error), len(k3))
+
+
+def has_dropout(model: torch.nn.Module) -> bool:
+    """Whether a model answers differently from one training pass to the next.
+
+    Args:
+        model: its layers are looked at, and its Hugging Face config, as functions that drop out are no layers.
+    """
+    layers = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    settings = [v for k, v in vars(model.config).items() if "dropout" in k and isinstance(v, float)]
+    return any(value > 0 for value in [*layers, *settings])

@@ -218,12 +218,14 @@ class KLBudget:
         self.line.begin()
         return True
 
-    def settle(self, measure: Callable[[], float], nats: float) -> Taken:
+    def settle(self, measure: Callable[[], float], nats: float, signal: bool | None = None) -> Taken:
         """Measure the step that has been taken, and move along it until its KL fits; after `begin`, whatever it said.
 
         Args:
             measure: as in `step`.
             nats: as in `begin`.
+            signal: whether any process had a gradient other than zero, where each has a shard of it; by default what
+                `begin` saw here, and processes that differ in it would measure a different number of times.
 
         Returns:
             What became of the step; the scheduled learning rates are restored.
@@ -234,6 +236,8 @@ class KLBudget:
         if not self._begun:
             raise ValueError("settle() without begin(): the optimizer has taken its step by itself, unbounded")
         self._begun = False
+        if signal is not None:
+            self._signal = signal
         if not self._takes:
             return self._record(Taken(0.0, nats, 0.0, 0, taken_back=True))
         rate = max(float(group["lr"]) for group in self.optimizer.param_groups)

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from open_r1_capo.budget.kl import has_dropout
 from open_r1_capo.capo.curvature import VocabularySums
 
 LOGITS_BYTES = 64 * 2**20  # bound of one chunk's float32 logits; two or three of that size live at once
@@ -55,9 +56,7 @@ def check_head(model: PreTrainedModel) -> None:
 
 def check_dropout(model: torch.nn.Module) -> None:
     """Refuse a model whose log-probabilities differ from one pass to the next (ValueError)."""
-    layers = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    settings = [v for k, v in vars(model.config).items() if "dropout" in k and isinstance(v, float)]
-    if any(value > 0 for value in [*layers, *settings]):
+    if has_dropout(model):
         raise ValueError(
             "a KL budget measures the policy of the backward pass, which dropout makes a random one: set "
             "disable_dropout=True (and lora_dropout=0)"
