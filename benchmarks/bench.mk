@@ -4,7 +4,8 @@
 bench: $(STAMP) ## time and memory side by side, on this machine [OFFICIAL=<checkout of the authors' code>]
 	@OFFICIAL=$(OFFICIAL) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py $(ARGS)
 
-bench-budget: $(STAMP) ## what a KL budget costs, and how well it knows what it bounds [ARGS="--scale lab --steps 40"]
+# what a KL budget costs, and how well it knows what it bounds; ARGS="--scale lab --steps 40"
+bench-budget: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/budget.py $(ARGS)
 
 bench-gpu: $(STAMP) ## the paper's shape on a GPU: milliseconds, bytes, fraction of the measured ceiling

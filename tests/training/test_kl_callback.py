@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, TrainerCallback
+from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import AutoModelForCausalLM, PretrainedConfig, TrainerCallback
 from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 
 import tiny_trainer
@@ -192,3 +193,21 @@ def test_one_object_twice_is_refused(tiny_policy, tiny_tokenizer, tmp_path):
 def test_options_are_checked_at_once(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         KLBudgetCallback(nats=1e-3, **options)
+
+
+def test_fsdp_1_is_refused():
+    """Its parameters are flat shards, which the callback does not gather."""
+
+    class Wrapped(FullyShardedDataParallel):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.config = PretrainedConfig()
+
+        def modules(self):
+            return iter([self])
+
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    with pytest.raises(ValueError, match="FSDP 1: set fsdp_version: 2"):
+        KLBudgetCallback(nats=1e-3).on_train_begin(
+            None, None, None, model=Wrapped(), optimizer=torch.optim.SGD(weights)
+        )

@@ -7,7 +7,8 @@
 Whatever the loss is, TRL's policy-gradient trainers ask the model for the log-probabilities of the sampled tokens. The
 callback keeps what the model was asked in each backward pass, and after the optimizer's step asks the same again: the
 KL of the step is estimated from the two (`sampled_kl`), and the step is moved until it fits (`KLBudget`). Works with
-LoRA, gradient accumulation and clipping, and reused batches; not with DeepSpeed, which steps inside backward.
+LoRA, gradient accumulation and clipping, reused batches, DDP and FSDP 2; not with DeepSpeed, which steps inside
+backward.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerCallback
 
 from open_r1_capo.budget import KLBudget, Schedule, Taken, sampled_kl
 from open_r1_capo.runs.run import write_atomically
-from open_r1_capo.training.features import check_dropout
+from open_r1_capo.training.features import check_dropout, reshard
 
 logger = logging.getLogger(__name__)
 STATE = "kl_budget.json"  # in each checkpoint folder
@@ -93,6 +95,8 @@ class KLBudgetCallback(TrainerCallback):
         if self._hook is not None or getattr(optimizer, "kl_budget", None) not in (None, self):
             raise ValueError("this trainer has a KLBudgetCallback already: add it once")
         check_dropout(model)
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            raise ValueError("a KL budget cannot move the flat shards of FSDP 1: set fsdp_version: 2")
         optimizer.kl_budget = self
         self.budget = KLBudget(optimizer, schedule=Schedule(self.shape, state.max_steps), **self.options)
         saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
@@ -159,6 +163,7 @@ class KLBudgetCallback(TrainerCallback):
                     now = self._model(**one.inputs).log_probs
                 kl = sampled_kl(one.log_probs, now, one.mask)
                 found.append((kl.mean, kl.count))
+        reshard(self._model)
         return _over_ranks(found)
 
     # --- logs and checkpoints ----------------------------------------------------------------------------------------
