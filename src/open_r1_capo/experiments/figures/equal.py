@@ -38,6 +38,11 @@ class Setting:
         means = {value: float(np.mean(last)) for value, last in self.knobs[knob].items()}
         return max(means.items(), key=lambda item: item[1], default=(math.nan, math.nan))
 
+    def cell(self, knob: str) -> str:
+        """The knob's best accuracy and, in brackets, its value; – without runs."""
+        value, accuracy = self.best(knob)
+        return "–" if math.isnan(value) else f"{accuracy:.3f} ({value:g})"
+
     def within(self, knob: str, margin: float) -> tuple[int, int]:
         """How many of the knob's values end at most `margin` below the best rate, of how many."""
         _, best = self.best("rate")
@@ -53,15 +58,12 @@ def equal_tuning(data: Sequence[Data]) -> Result:
     settings = [one for one in collect(data) if one.knobs["share"] and one.knobs["rate"]]
     rows, numbers = [], []
     for one in settings:
-        rate, best = one.best("rate")
+        best = one.best("rate")[1]
         unchanged = float(np.mean(one.knobs["share"].get(UNCHANGED, [math.nan])))
-        share, best_share = one.best("share")
-        nats, best_nats = one.best("nats")
-        close = [f"{count}/{total}" for knob in ("share", "rate") for count, total in [one.within(knob, CLOSE[1])]]
-        rows.append([one.method, one.place, f"{best:.3f} ({rate:g})", tables.number(unchanged),
-                     f"{unchanged - best:+.3f}", f"{best_share:.3f} ({share:g})",
-                     f"{tables.number(best_nats)} ({nats:g})", tables.number(nats * np.mean(one.lengths), ".2g"),
-                     *close])  # fmt: skip
+        a_completion = one.best("nats")[0] * np.mean(one.lengths)
+        close = ["{}/{}".format(*one.within(knob, CLOSE[1])) for knob in ("share", "rate")]
+        rows.append([one.method, one.place, one.cell("rate"), tables.number(unchanged), f"{unchanged - best:+.3f}",
+                     one.cell("share"), one.cell("nats"), tables.number(a_completion, ".2g"), *close])  # fmt: skip
         numbers.append({"method": one.method, "place": one.place, "length": float(np.mean(one.lengths))}
                        | {knob: {f"{value:g}": last for value, last in sorted(values.items())}
                           for knob, values in one.knobs.items()})  # fmt: skip
