@@ -91,6 +91,16 @@ def test_the_hessian_against_differences(family):
         assert float(curved[i]) == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
+def test_the_kl_of_a_tiny_step():
+    """1e-17 nats, lost in a difference of entropies."""
+    problem, weight = drawn(FAMILIES[2])
+    values = mdp.evaluate(problem, 0, weight)
+    step = 1e-8 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
+    kl = mdp.average(values, mdp.state_kl(problem, weight, weight + step))
+    expected = mdp.quadratic(step.flatten(1), mdp.fisher(problem, values, weight)) / 2
+    torch.testing.assert_close(kl, expected, rtol=1e-5, atol=0)
+
+
 def test_quadrature():
     points, shares = mdp.gauss_legendre(12)
     expected, weights = np.polynomial.legendre.leggauss(12)

@@ -96,7 +96,8 @@ def surrogate(problem: Problem, values: Values, weight: Tensor) -> Tensor:
 def state_kl(problem: Problem, weight: Tensor, other: Tensor) -> Tensor:
     """(..., S), KL(π(·|s) ‖ π'(·|s)) of the policies `weight` and `other`, in nats."""
     old, new = log_policy(problem, weight), log_policy(problem, other)
-    return (old.exp() * (old - new)).sum(-1)
+    # Σ π (π'/π − 1 − log π'/π): no sum of terms that cancel, which would lose a KL below 1e-16
+    return (old.exp() * (torch.expm1(new - old) - (new - old))).sum(-1)
 
 
 def average(values: Values, of_states: Tensor) -> Tensor:
