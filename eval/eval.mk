@@ -6,7 +6,7 @@
 EVAL_FLAGS = $(foreach name,MODEL RUN TASKS SAMPLES LIMIT DATA OUT BACKEND MAX_TOKENS TEMPERATURE TOP_P,$(if \
 	$($(name)),--$(subst _,-,$(shell echo $(name) | tr A-Z a-z)) '$($(name))'))
 
-.PHONY: eval eval-model data-check eval-gold mechanism serve
+.PHONY: eval eval-model data-check eval-gold mechanism theorem serve
 eval-model:
 	@$(if $(MODEL)$(RUN),,echo "eval: give MODEL=<folder or hub id> or RUN=<run folder>" >&2; exit 2)
 
@@ -24,9 +24,13 @@ data-check: $(STAMP) ## list training problems that are also in a test set [DATA
 eval-gold: $(STAMP) ## check the scoring against the gold answers of DATA=<folder> [TASKS="gsm8k …"]
 	@$(if $(DATA),,echo "eval-gold: give DATA=<folder of the test sets>" >&2; exit 2;) $(BIN)/python -m open_r1_capo.evaluation.gold_check '$(DATA)' $(TASKS)
 
-mechanism: $(STAMP) ## what masking does: RECORDS="<run> …" of token_records=all, RUN=<run with checkpoints> [BOUNDS="δ_F δ_H" PROBLEMS= SAMPLES= OUT=]
+mechanism: $(STAMP) ## what masking does: RECORDS="<run> …" of token_records=all, RUN=<run with checkpoints> [BOUNDS="δ_F δ_H" PROBLEMS= SAMPLES= OUT=]; theorem: the paper's inequalities on small problems [INSTANCES= SEED= OUT=]
 	@$(BIN)/python -m open_r1_capo.experiments.mechanism $(if $(RECORDS),--records $(RECORDS)) $(foreach name,RUN BOUNDS PROBLEMS SAMPLES OUT,$(if \
 	  $($(name)),--$(shell echo $(name) | tr A-Z a-z) $($(name))))
+
+# in the help it shares mechanism's line, as the help is one screen
+theorem: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m open_r1_capo.experiments.theorem --seed $(SEED) $(if $(INSTANCES),--instances $(INSTANCES)) $(if $(OUT),--out $(OUT))
 
 # $(1): environment, $(2): packages. Without a GPU, torch comes from its CPU index, if the default would bring CUDA.
 define eval_install

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from open_r1_capo.capo import TokenBatch, TokenSelection
 from open_r1_capo.capo.last_layer import RowGradient, merge, row_gradient
@@ -100,6 +100,11 @@ class OneStepTrainer(CAPOTrainer):
         self.micro_batches: list[MicroBatch] = []
         self.add_callback(_StopAfterStep())
 
+    @property
+    def policy(self) -> PreTrainedModel:
+        """The model as it is now, without wrappers."""
+        return self._policy
+
     def after_step(self) -> None:
         """Keep the micro-batches before the base class drops them."""
         self.micro_batches = list(self.update.micro_batches)
@@ -165,8 +170,7 @@ class Counterfactual:
         row: dict[str, Any] = {"step": step_of(checkpoint) + 1, "before": before, "arms": {}, "gradient": {}}
         completions = set()
         for arm in ARMS:
-            trainer = self._trainer(arm)
-            trainer.train(resume_from_checkpoint=str(checkpoint))
+            trainer = self.take_step(checkpoint, arm)
             logs = next(entry for entry in reversed(trainer.state.log_history) if "reward" in entry)
             row["arms"][arm] = {name: logs[f"capo/{name}"] for name in STEP} | self._reward(trainer)
             ids = b"".join(one.input_ids.numpy().tobytes() for one in trainer.micro_batches)
@@ -180,6 +184,16 @@ class Counterfactual:
         if len(completions) > 1:
             raise ConfigError(f"the arms from {checkpoint} have not seen the same completions")
         return row
+
+    def take_step(self, checkpoint: Path, arm: str = "none") -> OneStepTrainer:
+        """The trainer after an arm's step from a checkpoint."""
+        trainer = self._trainer(arm)
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        return trainer
+
+    def policy(self, checkpoint: Path) -> PreTrainedModel:
+        """The policy of a checkpoint, from which `take_step` starts."""
+        return self._trainer("none", model=str(checkpoint)).policy
 
     def _trainer(self, arm: str, model: str | None = None) -> OneStepTrainer:
         """A trainer with the run's settings and the arm's rule, which writes only temporary files."""
@@ -203,7 +217,7 @@ class Counterfactual:
         """The accuracy of a trainer's policy on the run's training problems, with its standard error."""
         (reward,) = get_reward_funcs(["accuracy"])
         accuracy = held_out_accuracy(
-            trainer.accelerator.unwrap_model(trainer.model),
+            trainer.policy,
             trainer.processing_class,
             self.problems,
             reward,
