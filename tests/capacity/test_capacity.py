@@ -201,3 +201,9 @@ def test_machines_are_those_of_the_recipe(capsys):
     """A recipe that trains on the CPU is counted for this machine, any other for four H100."""
     assert main(["--scale", "lab", "use_cpu=false"]) == 0
     assert "4 × h100, zero2, transformers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("recipe", "accelerator"), [("capo_aggressive", "zero2"), ("grpo_budget", "fsdp")])
+def test_the_accelerator_is_that_of_make_train(capsys, recipe, accelerator):
+    assert main(["--recipe", recipe, "--scale", "qwen2.5-math-7b", "--gpus", "4", "--gpu", "h100"]) == 0
+    assert f"4 × h100, {accelerator}," in capsys.readouterr().out

@@ -16,6 +16,7 @@ from open_r1_capo.capacity.fit import estimate
 from open_r1_capo.capacity.table import as_data, as_text
 from open_r1_capo.capacity.workload import ACCELERATORS, Machines, read
 from open_r1_capo.runs.exit import positive, run_cli
+from open_r1_capo.settings.budget import default_accelerator
 from open_r1_capo.settings.recipes import compose_recipe
 
 
@@ -31,7 +32,8 @@ def command(options: argparse.Namespace) -> int:
     settings = compose_recipe(options.recipe, [*chosen, *options.overrides])
     device = find_device(options.gpu or ("cpu" if settings.get("use_cpu") else "h100"))
     gpus = options.gpus or (1 if device.is_cpu else 4)
-    machines = Machines(gpus, options.nodes, options.accelerator, options.server_gpus, device.is_cpu)
+    accelerator = options.accelerator or default_accelerator(settings)
+    machines = Machines(gpus, options.nodes, accelerator, options.server_gpus, device.is_cpu)
     result = estimate(read(settings, machines), device)
     print(json.dumps(as_data(result), indent=2) if options.json else as_text(result, options.seeds))
     return 0 if result.fits else 1
@@ -44,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=positive, help="of each node; 4, or one process on the CPU")
     parser.add_argument("--nodes", type=positive, default=1)
     parser.add_argument("--gpu", help=f"{', '.join(MEMORY)}, or cpu; h100, or cpu where the recipe runs on it")
-    parser.add_argument("--accelerator", default="zero2", help=", ".join(ACCELERATORS))
+    parser.add_argument("--accelerator", help=f"{', '.join(ACCELERATORS)}; by default that of make train")
     parser.add_argument("--generation", help="transformers, vllm_colocate, vllm_server; by default the recipe's")
     parser.add_argument("--server-gpus", type=positive, help="that only generate, with vllm_server")
     parser.add_argument("--seeds", type=positive, default=5, help="whose checkpoints the disk holds")
