@@ -13,12 +13,26 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CUDA := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 comma := ,
+space := $(subst ,, )
+YES := 1 true yes
+NO := 0 false no
 EXTRAS := $(if $(filter 0,$(CUDA)),dev,dev$(comma)gpu)
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
 .PHONY: help install train experiment eval test test-slurm test-faults quality style figures plan report compare
+
+# what each verb reads; whatever else stands on the command line is refused below, as make would drop it without a word
+TAKES_train := RECIPE SCALE SEED ARGS OVERWRITE
+TAKES_experiment := NAME SCALE SEEDS ARGS
+TAKES_test := ARGS
+TAKES_test-slurm := ARGS
+TAKES_test-faults := ARGS TIMES VLLM
+TAKES_plan := RECIPE SCALE GPUS NODES GPU ACCELERATOR GENERATION SERVER_GPUS SEEDS ARGS
+TAKES_report := RUN
+TAKES_compare := RUNS OUT
+TAKES_figures := NAME SCALE SEEDS SMOOTH OUT
 
 help: ## this list
 	@echo "open-r1-capo — make <verb> [NAME=value …]"
@@ -39,7 +53,7 @@ $(STAMP): setup.py src/open_r1_capo/capo/engines/native.c
 	@touch $@
 
 train: $(STAMP) ## train RECIPE=capo_aggressive SCALE=lab SEED=0 ARGS="learning_rate=1e-4 …" [OVERWRITE=1]
-	@$(BIN)/python -m open_r1_capo.grpo --config-name $(RECIPE) scale=$(SCALE) seed=$(SEED) $(if $(OVERWRITE),overwrite=true) $(ARGS)
+	@$(BIN)/python -m open_r1_capo.grpo --config-name $(RECIPE) scale=$(SCALE) seed=$(SEED) $(if $(filter $(YES),$(OVERWRITE)),overwrite=true) $(ARGS)
 
 experiment: $(STAMP) ## NAME=fig2 SCALE=lab [SEEDS=5 ARGS=--dry-run]: the missing runs of a figure, side by side or by Slurm
 	@$(BIN)/python -m open_r1_capo.experiments.sweep $(NAME) --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
@@ -65,7 +79,7 @@ plan: $(STAMP) ## what fits: memory and disk of RECIPE= at SCALE= on GPUS=4 GPU=
 	  $(if $(SERVER_GPUS),--server-gpus $(SERVER_GPUS)) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 report: $(STAMP) ## write the report of RUN=<run folder>, ended or not
-	@$(BIN)/python -m open_r1_capo.report $(RUN)
+	@$(BIN)/python -m open_r1_capo.report '$(RUN)'
 
 compare: $(STAMP) ## RUNS="<run folder> …" on one page, OUT=outputs/compare.html
 	@$(BIN)/python -m open_r1_capo.report.compare --out $(or $(OUT),outputs/compare.html) $(RUNS)
@@ -75,3 +89,22 @@ figures: $(STAMP) ## draw NAME=fig2 (without it all that have runs) SCALE=lab [S
 	  $(if $(SMOOTH),--smooth $(SMOOTH)) $(if $(OUT),--out $(OUT))
 
 include $(wildcard eval/eval.mk benchmarks/bench.mk)
+
+# --- the command line: every word of it is read by somebody ---
+GOALS := $(or $(MAKECMDGOALS),help)
+VERBS := $(shell sed -nE 's/^([a-z-]+):.*/\1/p' $(MAKEFILE_LIST))
+TAKES := $(foreach verb,$(GOALS),$(TAKES_$(verb)))
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+UNREAD := $(sort $(filter-out $(TAKES) PYTHON VENV CUDA -%,$(GIVEN)))
+upper = $(shell echo '$(1)' | tr a-z- A-Z_)
+
+# $(1): a variable that no rule reads. A verb's variable in small letters; a setting; or nothing.
+define advice
+$(if $(filter $(TAKES),$(call upper,$(1))),write $(call upper,$(1))=$($(1)),$(if $(filter $(call upper,$(1)),$(1)),$(strip \
+  it takes $(or $(subst $(space),$(comma)$(space),$(strip $(TAKES))),no variable)),$(strip \
+  $(if $(filter ARGS,$(TAKES)),a setting is written ARGS="$(foreach name,$(UNREAD),$(name)=$($(name)))",make train takes settings$(comma) in ARGS))))
+endef
+
+$(foreach goal,$(filter-out $(VERBS) .%,$(GOALS)),$(error there is no verb $(goal): make help lists them))
+$(foreach name,$(UNREAD),$(error $(GOALS) does not read $(name): $(call advice,$(name))))
+$(if $(filter-out $(YES) $(NO),$(OVERWRITE)),$(error OVERWRITE=$(OVERWRITE) is neither 1 (yes) nor 0 (no)))

@@ -1,5 +1,9 @@
 # Benchmarks; included by the Makefile.
 .PHONY: bench bench-budget bench-gpu ranks
+TAKES_bench := ARGS OFFICIAL
+TAKES_bench-budget := ARGS
+TAKES_bench-gpu := ARGS
+TAKES_ranks := ARGS
 
 bench: $(STAMP) ## time and memory side by side, on this machine [OFFICIAL=<checkout of the authors' code>]
 	@OFFICIAL=$(OFFICIAL) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py $(ARGS)

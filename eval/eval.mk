@@ -3,7 +3,13 @@
 # lighteval 0.13 needs another latex2sympy2_extended than math-verify 0.9, and vLLM for the CPU another build than the
 # trainer's extra: each has an environment of its own, built on first use and again when setup.py changes.
 
-EVAL_FLAGS = $(foreach name,MODEL RUN TASKS SAMPLES LIMIT DATA OUT BACKEND MAX_TOKENS TEMPERATURE TOP_P,$(if \
+TAKES_eval := MODEL RUN TASKS SAMPLES LIMIT DATA OUT BACKEND MAX_TOKENS TEMPERATURE TOP_P
+TAKES_eval-model := MODEL RUN
+TAKES_serve := MODEL HOST PORT TP DP
+TAKES_data-check := DATA TRAIN
+TAKES_eval-gold := DATA TASKS
+TAKES_mechanism := RECORDS RUN BOUNDS PROBLEMS SAMPLES OUT
+EVAL_FLAGS = $(foreach name,$(TAKES_eval),$(if \
 	$($(name)),--$(subst _,-,$(shell echo $(name) | tr A-Z a-z)) '$($(name))'))
 
 .PHONY: eval eval-model data-check eval-gold mechanism theorem serve
