@@ -55,6 +55,7 @@ def build(
     records=None,
     budget=None,
     optimizer=None,
+    peft_config=None,
     **changes,
 ):
     """A CAPOTrainer, a RunTrainer with mode off, or TRL's own if `capo` is None, on a fresh copy of the policy."""
@@ -64,6 +65,7 @@ def build(
         "args": arguments(folder, **changes),
         "processing_class": tokenizer,
         "train_dataset": to_prompts(Dataset.from_list(PROMPTS), None),
+        "peft_config": peft_config,
     }
     if capo is None:
         return GRPOTrainer(**common)

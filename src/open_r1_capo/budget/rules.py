@@ -74,8 +74,12 @@ class StepRule:
 
     def observe(self, measured_kl: float, predicted_kl: float) -> None:
         """Learn from a step that was taken: its measured KL, and m_F(batch) at the rate it was taken with."""
-        if not (FLOOR < measured_kl < math.inf and FLOOR < predicted_kl < math.inf):
+        if not (0 <= measured_kl < math.inf and FLOOR < predicted_kl < math.inf):
             return  # a step of almost no length says nothing
+        if measured_kl < FLOOR:  # it is at most the floor, which says something if more is expected
+            if self.calibration * predicted_kl <= FLOOR:
+                return
+            measured_kl = FLOOR
         log_c = (1 - RATE) * math.log(self.calibration) + RATE * (math.log(measured_kl) - math.log(predicted_kl))
         self.calibration = math.exp(min(LIMIT, max(-LIMIT, log_c)))
 

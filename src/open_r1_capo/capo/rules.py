@@ -39,10 +39,12 @@ class TokenRule:
     Attributes:
         name: what `capo.mode` calls the rule.
         weighs: whether the rule can change a gradient.
+        asks_head: whether its weights follow from the last layer's step or gradient, which must then be trained.
     """
 
     name: ClassVar[str] = "observe"
     weighs: ClassVar[bool] = False
+    asks_head: ClassVar[bool] = False
 
     def select(
         self,
@@ -75,6 +77,7 @@ class Mask(TokenRule):
 
     name: ClassVar[str] = "mask"
     weighs: ClassVar[bool] = True
+    asks_head: ClassVar[bool] = True
     max_policy_shift: float = math.inf
     max_objective_shift: float = math.inf
     min_objective_shift: float | None = None
@@ -207,6 +210,7 @@ class GradientNorm(Rival):
     """
 
     name: ClassVar[str] = "gradient_norm"
+    asks_head: ClassVar[bool] = True
     max_token_gradient: float = math.inf
 
     def __post_init__(self):

@@ -296,6 +296,34 @@ class AdamStep(_Step):
         )
 
 
+class NoStep:
+    """D = 0: a last layer that is not trained. It has no state, and every z is 0."""
+
+    step_count = 0
+
+    def accumulate(self, batch: TokenBatch, weight: Tensor) -> None:
+        """Nothing to add to."""
+
+    def commit(self, **kwargs: Any) -> None:
+        """No step to take."""
+
+    def propose(self, batch: TokenBatch, granularity: str = "token") -> Tensor:
+        """(N, K) zeros."""
+        return torch.zeros_like(batch.score)
+
+    def planned(self, batch: TokenBatch) -> Tensor:
+        """(N, K) zeros."""
+        return torch.zeros_like(batch.score)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The kind of model alone."""
+        return {"settings": {"optimizer": "none"}, "step_count": 0}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take over; ValueError if the state belongs to another optimizer model."""
+        _check_settings(self.state_dict()["settings"], state["settings"])
+
+
 def _check_weight(batch: TokenBatch, weight: Tensor | None) -> None:
     if weight is not None and tuple(weight.shape) != (len(batch),):
         raise ValueError(f"weight: expected shape {(len(batch),)}, got {tuple(weight.shape)}")

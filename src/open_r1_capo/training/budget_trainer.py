@@ -20,7 +20,7 @@ from torch import Tensor
 from open_r1_capo.budget import KLBudget, Schedule, Taken, sampled_kl
 from open_r1_capo.settings.budget import BudgetConfig
 from open_r1_capo.settings.values import ConfigError
-from open_r1_capo.training.features import check_dropout, reshard
+from open_r1_capo.training.features import check_dropout, reshard, stop_dropout
 from open_r1_capo.training.ranks import sum_ranks
 from open_r1_capo.training.run_trainer import RunTrainer
 
@@ -58,6 +58,8 @@ class BudgetTrainer(RunTrainer):
 
     def __init__(self, *args: Any, budget: BudgetConfig | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.args.disable_dropout:
+            stop_dropout(self.model)
         self.budget_config = budget if budget and budget.on else None
         self.budget: KLBudget | None = None  # made with the optimizer
         if self.budget_config:

@@ -22,6 +22,9 @@ from open_r1_capo.capo.curvature import VocabularySums
 
 LOGITS_BYTES = 64 * 2**20  # bound of one chunk's float32 logits; two or three of that size live at once
 SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+UNKNOWN_TO_TRL = ("logits_soft_cap", "output_logit_soft_cap")  # caps that its fused loss leaves out
+PROBE = 4  # tokens of the pass that compares a model's logits with its head's
+ROUNDING = 0.02  # of the largest logit; bfloat16 keeps three digits
 
 
 @dataclass(frozen=True)
@@ -44,21 +47,79 @@ class Support:
 
 
 def check_head(model: PreTrainedModel) -> None:
-    """Refuse models whose logits are not W h (+ b): the last-layer model would be another function (ValueError)."""
-    config = model.config.get_text_config()
-    for name in SCALED_HEADS:
-        if getattr(config, name, None) not in (None, 1.0):
-            raise ValueError(
-                f"{type(model).__name__} changes its logits after the LM head ({name}={getattr(config, name)}), but "
-                "CAPO's last-layer model needs plain logits W h; train it with capo.mode=off"
-            )
+    """Refuse models whose logits are not W h (+ b): the last-layer model would be another function.
+
+    Known names are asked for, and a pass of a few tokens is compared, where the weights are whole.
+
+    Raises:
+        ValueError: the model changes its logits after the head, or reads another hidden state than its last.
+    """
+    config, name = model.config.get_text_config(), type(model).__name__
+    for setting in (*SCALED_HEADS, *UNKNOWN_TO_TRL):
+        value = getattr(config, setting, None)
+        if value in (None, 1.0):
+            continue
+        if setting in UNKNOWN_TO_TRL:
+            raise ValueError(f"{name} caps its logits ({setting}={value}), which TRL's loss does not: choose another")
+        raise ValueError(
+            f"{name} changes its logits after the LM head ({setting}={value}), but CAPO's last-layer model needs "
+            "plain logits W h; train it with capo.mode=off"
+        )
+    if not any(p.is_meta or hasattr(p, "ds_id") or isinstance(p, DTensor) for p in model.parameters()):
+        _compare_logits(model)
 
 
-def check_dropout(model: torch.nn.Module) -> None:
-    """Refuse a model whose log-probabilities differ from one pass to the next (ValueError)."""
+@torch.no_grad()
+def _compare_logits(model: PreTrainedModel) -> None:
+    """Raise ValueError if the model's logits are not those of its head on what `captured_hidden_states` finds."""
+    training = model.training
+    model.eval()
+    try:
+        ids = torch.arange(PROBE, device=model.device)[None]
+        with captured_hidden_states(model) as captured:
+            theirs = model(input_ids=ids, use_cache=False).logits[0].float()
+    finally:
+        model.train(training)
+    ours = [logits for _, logits in _logit_chunks(model, captured[0][0], 1.0)] if captured else []
+    if not ours or (torch.cat(ours) - theirs).abs().max() > ROUNDING * theirs.abs().max():
+        raise ValueError(
+            f"the logits of {type(model).__name__} are not those of its LM head on its last hidden state, which CAPO "
+            "and TRL's loss both take them for: choose another model"
+        )
+
+
+def stop_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout to 0: TRL's `disable_dropout` leaves those that a model applies as a function."""
+    for owner in [*model.modules(), model.config]:
+        for key, value in list(vars(owner).items()):
+            if "dropout" in key and isinstance(value, float):
+                setattr(owner, key, 0.0)
+        if isinstance(owner, torch.nn.Dropout):
+            owner.p = 0.0
+
+
+def frozen(model: PreTrainedModel) -> bool:
+    """Whether the LM head is not trained, as under LoRA."""
+    return not model.get_output_embeddings().weight.requires_grad
+
+
+def head_input(model: PreTrainedModel, hidden: Tensor, temperature: float) -> Tensor:
+    """The features x of hidden states (N, D): h/τ, and for a head with a bias one more column 1/τ, as [W b] x."""
+    bias = model.get_output_embeddings().bias
+    x = hidden if bias is None else torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1)
+    return x / temperature
+
+
+def head_output(x: Tensor, temperature: float, width: int) -> Tensor:
+    """(N, D), of features (N, D or D + 1) the hidden states that they were made of."""
+    return x[:, :width] * temperature
+
+
+def check_dropout(model: torch.nn.Module, what: str = "a KL budget") -> None:
+    """Refuse a model whose log-probabilities differ from one pass to the next (ValueError); `what` measures them."""
     if has_dropout(model):
         raise ValueError(
-            "a KL budget measures the policy of the backward pass, which dropout makes a random one: set "
+            f"{what} measures the policy of the backward pass, which dropout makes a random one: set "
             "disable_dropout=True (and lora_dropout=0)"
         )
 
@@ -67,14 +128,15 @@ def check_dropout(model: torch.nn.Module) -> None:
 def captured_hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Collect what the LM head reads: each forward's last hidden state (B, L, D), detached, in a list that is yielded.
 
-    The model comes without wrappers; its backbone is `base_model`.
+    The model comes without wrappers. Its backbone is `base_model`; OPT's own forward calls the decoder in it directly.
     """
     captured: list[Tensor] = []
 
     def keep(module, args, output):
         captured.append(output.last_hidden_state.detach())
 
-    handle = model.base_model.register_forward_hook(keep)
+    backbone = getattr(model.base_model, "decoder", model.base_model)
+    handle = backbone.register_forward_hook(keep)
     try:
         yield captured
     finally:

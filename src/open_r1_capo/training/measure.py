@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from open_r1_capo.capo.curvature import objective_change, support_kl
-from open_r1_capo.training.features import completion_hidden_states, support_log_probs
+from open_r1_capo.training.features import completion_hidden_states, head_output, support_log_probs
 from open_r1_capo.training.ranks import gather_columns, sum_ranks
 from open_r1_capo.training.update import MicroBatch
 
@@ -59,7 +59,8 @@ def measure(
     with autocast():
         hidden = completion_hidden_states(policy, micro_batch.input_ids, micro_batch.attention_mask, chosen)
     new = support_log_probs(policy, hidden, tokens.token_ids, temperature)
-    head = support_log_probs(policy, tokens.features * temperature, tokens.token_ids, temperature)
+    old = head_output(tokens.features, temperature, hidden.shape[1])
+    head = support_log_probs(policy, old, tokens.token_ids, temperature)
     return Measured(
         rows,
         support_kl(tokens, log_mass, new),

@@ -30,9 +30,18 @@ from torch import Tensor
 from open_r1_capo.budget.rules import STATE, NormGuard
 from open_r1_capo.capo import AdamStep, SGDStep, TokenBatch, TokenSelection, objective_shift, policy_shift
 from open_r1_capo.capo.curvature import predicted_kl, sgd_shifts
+from open_r1_capo.capo.steps import NoStep
 from open_r1_capo.settings.capo import CAPOConfig
 from open_r1_capo.training.budget_trainer import BudgetTrainer, token_mask
-from open_r1_capo.training.features import captured_hidden_states, check_head, policy_support, predicting
+from open_r1_capo.training.features import (
+    captured_hidden_states,
+    check_dropout,
+    check_head,
+    frozen,
+    head_input,
+    policy_support,
+    predicting,
+)
 from open_r1_capo.training.measure import Measured, measure, metrics
 from open_r1_capo.training.ranks import gather_selection, sum_ranks, sum_rows
 from open_r1_capo.training.token_records import TokenRecords
@@ -49,7 +58,8 @@ class CAPOTrainer(BudgetTrainer):
         **kwargs: as `BudgetTrainer`, with the KL budget of a step.
 
     Raises:
-        ValueError: the model's logits are not a plain linear layer of its hidden states.
+        ValueError: the model has dropout, its logits are not a plain linear layer of its hidden states, or that layer
+            is frozen and a rule asks for its step.
     """
 
     def __init__(
@@ -60,7 +70,10 @@ class CAPOTrainer(BudgetTrainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        check_dropout(self.model, f"capo.mode={capo.mode}")
         check_head(self._policy)
+        if frozen(self._policy):
+            _refuse_frozen_head(capo)
         self.capo = capo
         self.records = records if self.accelerator.is_main_process else None
         self.counters["accepted_tokens"] = 0
@@ -68,12 +81,15 @@ class CAPOTrainer(BudgetTrainer):
         self.step_model = self._optimizer_model()
         self.update = Update()
 
-    def _optimizer_model(self) -> AdamStep | SGDStep:
+    def _optimizer_model(self) -> AdamStep | SGDStep | NoStep:
+        if frozen(self._policy):
+            return NoStep()
         if self.capo.optimizer_model == "sgd":
             return SGDStep()
-        config, args = self._policy.config.get_text_config(), self.args
+        head, args = self._policy.get_output_embeddings(), self.args
         adam = (args.adam_beta1, args.adam_beta2, args.adam_epsilon)
-        return AdamStep(config.vocab_size, config.hidden_size, *adam, self.capo.moment_average, self.capo.absent_rows)
+        width = head.in_features + (head.bias is not None)  # not always the backbone's: OPT projects
+        return AdamStep(head.out_features, width, *adam, self.capo.moment_average, self.capo.absent_rows)
 
     @property
     def _policy(self) -> Any:
@@ -111,12 +127,12 @@ class CAPOTrainer(BudgetTrainer):
         """Propose each token's step, predict its shifts, weigh it, and hand the accepted ones to the step model."""
         capo, mask = self.capo, token_mask(inputs)
         h, actions = predicting(hidden, mask), inputs["completion_ids"][mask]
-        closed_form = capo.optimizer_model == "sgd" and capo.granularity == "token"
+        closed_form = isinstance(self.step_model, SGDStep) and capo.granularity == "token"
         support = policy_support(self._policy, h, actions, self.temperature, capo.top_k, closed_form)
         advantages = inputs["advantages"]
         advantages = advantages[:, None].expand(mask.shape) if advantages.dim() == 1 else advantages
         tokens = TokenBatch(
-            features=h / self.temperature,
+            features=head_input(self._policy, h, self.temperature),
             token_ids=support.token_ids,
             probs=support.probs,
             action_index=support.action_index,
@@ -286,3 +302,15 @@ class CAPOTrainer(BudgetTrainer):
             if hasattr(self.step_rule, name):
                 setattr(self.step_rule, name, numbers[name])
         self.guard.norms = numbers.get("gradient_norms", [])  # older checkpoints have none
+
+
+def _refuse_frozen_head(capo: CAPOConfig) -> None:
+    """Raise ValueError if a rule asks for the step of an LM head that takes none."""
+    planned = "capo.step_policy_shift" if capo.step.acts and capo.step.predicts else None
+    asked = f"capo.mode={capo.mode}" if capo.rule.asks_head else planned
+    if asked:
+        raise ValueError(
+            f"the LM head is frozen (as under LoRA), but {asked} follows from its step: train it too with "
+            "lora_modules_to_save=[lm_head], keep the steps short with a KL budget (RECIPE=grpo_budget), or set "
+            "capo.mode=off"
+        )
