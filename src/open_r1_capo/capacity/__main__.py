@@ -18,6 +18,7 @@ from open_r1_capo.capacity.workload import ACCELERATORS, Machines, read
 from open_r1_capo.runs.exit import positive, run_cli
 from open_r1_capo.settings.budget import default_accelerator
 from open_r1_capo.settings.recipes import compose_recipe
+from open_r1_capo.settings.values import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,9 +28,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command(options: argparse.Namespace) -> int:
-    """Print the estimate; returns 0 if the recipe fits and 1 if it does not."""
+    """Print the estimate; returns 0 if the recipe fits and 1 if it does not.
+
+    Raises:
+        ConfigError: the recipe cannot be used, or trains LoRA adapters.
+    """
     chosen = [f"scale={options.scale}", *([f"generation={options.generation}"] if options.generation else [])]
     settings = compose_recipe(options.recipe, [*chosen, *options.overrides])
+    if settings.get("use_peft"):
+        raise ConfigError(
+            "make plan counts gradients and Adam's moments of every weight, of which LoRA needs hardly any: leave "
+            "use_peft out, and take the result as an upper bound"
+        )
     device = find_device(options.gpu or ("cpu" if settings.get("use_cpu") else "h100"))
     gpus = options.gpus or (1 if device.is_cpu else 4)
     accelerator = options.accelerator or default_accelerator(settings)

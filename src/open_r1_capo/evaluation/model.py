@@ -83,6 +83,12 @@ def resolve(name: str, settings: Mapping[str, Any] | None = None) -> Model:
 
     path = policy_source(name).folder(name, policy_settings(name, dict(settings or {})))
     folder = Path(path) if Path(path).exists() else _download(path)
+    if (folder / "adapter_config.json").is_file():
+        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        raise EvalError(
+            f"{folder} holds LoRA adapters of {base} and no whole model: write one with peft "
+            "(AutoPeftModelForCausalLM.from_pretrained, merge_and_unload, save_pretrained) and evaluate that"
+        )
     if not (folder / "config.json").is_file() or not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         raise EvalError(f"{folder} holds no model (config.json and weights as .safetensors)")
     trained = _training_settings(folder)

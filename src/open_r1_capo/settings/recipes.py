@@ -20,6 +20,7 @@ from open_r1_capo.tasks.source import problem_source
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 TABLES = ("regimes", "thresholds")  # of a scale or a rule, read by the groups through interpolation
 RATES = ("learning_rate", "lr_scheduler_type", "warmup_steps")  # a budget that is the target replaces them
+ALIASES = dict.fromkeys(("lora", "peft", "peft_config", "use_lora"), "use_peft")  # what others call it
 ANY_SOURCE = ("name", "path", "max_prompt_tokens")  # settings of `data` that every source reads
 
 
@@ -89,7 +90,7 @@ def _check_keys(settings: dict[str, Any]) -> None:
         if name == "output_dir":
             raise ConfigError("output_dir follows from the recipe's name and seed: set output_root instead")
         if name not in SETTINGS:
-            near = difflib.get_close_matches(name, sorted(SETTINGS), n=1, cutoff=0.5)
+            near = [ALIASES[name]] if name in ALIASES else difflib.get_close_matches(name, sorted(SETTINGS), 1, 0.5)
             hint = f"; did you mean {near[0]}?" if near else "; it is neither a field of TRL's GRPOConfig nor ours"
             raise ConfigError(f"there is no setting {name!r}{hint}")
 
@@ -120,6 +121,8 @@ def _unread(key: str, settings: dict[str, Any]) -> str | None:
         reason = "evaluation.suite=0"
     elif key == "evaluation.samples" and not (evaluation.get("suite") or evaluation.get("problems")):
         reason = "evaluation.problems=0"
+    elif key.startswith(("lora_", "use_rslora", "use_dora")) and not settings.get("use_peft"):
+        reason = "use_peft=false"
     elif key.startswith("vllm_") and not settings.get("use_vllm"):
         reason = "use_vllm=false"
     return reason

@@ -76,6 +76,15 @@ class RunConfig:
     overwrite: bool = False  # throw an older run of the same folder away
     allow_other_processes: bool = False  # go on with another number of processes, though not exactly
     token_records: str = "notable"  # keep what became of each token in `notable` steps, `all`, or `none`
+    # --- LoRA, by the names of TRL's ModelConfig ---
+    use_peft: bool = False  # train adapters, not the weights
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0  # TRL's is 0.05, under which no KL of a step can be measured
+    lora_target_modules: list[str] | None = None  # null is peft's choice; all-linear, or names such as q_proj
+    lora_modules_to_save: list[str] | None = None  # trained whole, such as lm_head
+    use_rslora: bool = False
+    use_dora: bool = False
     capo: CAPOConfig = field(default_factory=CAPOConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -88,7 +97,10 @@ class RunConfig:
             raise ValueError(f"advantage_baseline must be 'group' or 'none', got {self.advantage_baseline!r}")
         if self.token_records not in ("notable", "all", "none"):
             raise ValueError(f"token_records must be one of notable, all, none, got {self.token_records!r}")
-        at_least(1, completions_per_step=self.completions_per_step, num_threads=self.num_threads)
+        at_least(1, completions_per_step=self.completions_per_step, num_threads=self.num_threads, lora_r=self.lora_r)
+        at_least(1, lora_alpha=self.lora_alpha)
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is a share from 0 to below 1, got {self.lora_dropout}")
         for name in ("problems", "suite"):
             if getattr(self.evaluation, name) and not problem_source(self.data.name).measured:
                 raise ValueError(

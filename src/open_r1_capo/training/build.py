@@ -22,6 +22,7 @@ from open_r1_capo.tasks.source import policy_source, problem_source
 from open_r1_capo.training.budget_trainer import BudgetTrainer
 from open_r1_capo.training.generation.adapter import attach
 from open_r1_capo.training.generation.choice import backend_for
+from open_r1_capo.training.lora import adapters
 from open_r1_capo.training.run_trainer import RunTrainer
 from open_r1_capo.training.token_records import TokenRecords
 from open_r1_capo.training.trainer import CAPOTrainer
@@ -137,7 +138,7 @@ def make_trainer(
     """Build the trainer of a model folder or hub id, silent but for its callbacks; `kind` is used where CAPO is on.
 
     Raises:
-        ConfigError: the model's weights cannot be loaded, or CAPO cannot model its LM head.
+        ConfigError: the model's weights cannot be loaded, CAPO cannot model its LM head, or adapters do not fit.
     """
     backend = backend_for(args, model, config.folder(args.seed))
     if backend:
@@ -145,12 +146,15 @@ def make_trainer(
     try:
         common = {"model": model, "reward_funcs": rewards, "args": args, "train_dataset": dataset}
         common |= {"processing_class": tokenizer, "advantage_baseline": config.advantage_baseline}
+        common |= {"peft_config": adapters(config, model)}
         if config.capo.on:
             records = token_records(config, args, tokenizer)
             trainer = kind(**common, capo=config.capo, budget=config.budget, records=records)
         else:
             common |= {"optimizer": config.optimizer}
             trainer = BudgetTrainer(**common, budget=config.budget) if config.budget.on else RunTrainer(**common)
+    except ConfigError:
+        raise
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"the trainer cannot be built: {' '.join(str(error).split())}") from None
     trainer.remove_callback(PrinterCallback)
