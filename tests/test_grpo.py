@@ -207,6 +207,7 @@ def test_a_gpu_scale_says_what_runs_here(capsys, tmp_path):
         capsys, "--config-name", "drcapo_aggressive", "scale=qwen2.5-math-7b", f"output_root={tmp_path}/out"
     )
     assert "`make train RECIPE=drcapo_aggressive SCALE=lab` runs" in error
+    assert "use_cpu=true bf16=false tries this one" in error
 
 
 def test_a_folder_of_other_settings_is_kept(finished, capsys, lab_policy):
@@ -265,14 +266,9 @@ def test_a_foreign_config_is_kept(capsys, tmp_path, lab_policy, content):
     assert (folder / "config.yaml").read_text() == content
 
 
-def test_a_model_without_a_chat_template(capsys, tmp_path, lab_policy):
-    bare = tmp_path / "bare"
-    shutil.copytree(lab_policy, bare)
-    (bare / "chat_template.jinja").unlink(missing_ok=True)
-    settings = json.loads((bare / "tokenizer_config.json").read_text())
-    settings.pop("chat_template", None)
-    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert "has no chat template" in refused(capsys, *command(tmp_path / "out", bare))
+def test_a_model_that_is_not_there(capsys, tmp_path):
+    error = refused(capsys, *command(tmp_path / "out", "models/mine/none"))
+    assert "the model models/mine/none cannot be loaded (there is no such folder)" in error
 
 
 def test_prompts_that_are_all_too_long(capsys, tmp_path, lab_policy):
@@ -334,9 +330,7 @@ def test_problems_from_a_local_file(tmp_path, lab_policy):
     """A user's own JSONL instead of the lab's problems."""
     rows = [{"question": f"What is {i}+1?", "answer": str(i + 1)} for i in range(40)]
     Path(tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    out = run(
-        *command(tmp_path / "out", lab_policy, f"data.path={tmp_path}/mine.jsonl", "data.name=null", "max_steps=1")
-    )
+    out = run(*command(tmp_path / "out", lab_policy, f"data.path={tmp_path}/mine.jsonl", "max_steps=1"))
     assert "training reward" in out
 
 

@@ -362,3 +362,21 @@ def test_deepspeed_and_a_budget_are_refused(monkeypatch):
 def test_what_a_budget_measures_is_its_own_share():
     with pytest.raises(ConfigError, match="capo.measure_kl has no effect with budget.rule=target"):
         compose_recipe("grpo_budget", ["capo.measure_kl=0.1"])
+
+
+def test_a_path_without_a_name_is_that_file():
+    """The scale's own set and its held-out problems are another task's."""
+    for scale in ("lab", "qwen2.5-math-7b"):
+        settings = compose_recipe("grpo_budget", [f"scale={scale}", "data.path=mine.jsonl"])
+        run, _ = read(settings)
+        assert (run.data.name, run.data.path, run.evaluation.problems) == (None, "mine.jsonl", 0)
+    named = compose_recipe("grpo_budget", ["scale=qwen2.5-math-7b", "data.path=x", "data.name=math_train_7500"])
+    assert named["data"]["name"] == "math_train_7500"
+    asked = compose_recipe("grpo_budget", ["data.path=x", "evaluation.problems=5"])
+    with pytest.raises(ConfigError, match="evaluation.problems needs held-out problems"):
+        read(asked)
+
+
+def test_a_reward_can_be_named_alone():
+    settings = compose_recipe("grpo_budget", ["reward=mine.py:good"])
+    assert read(settings)[0].reward_funcs == ["mine.py:good"]

@@ -66,6 +66,10 @@ def test_prompt_without_system_turn_and_hash():
 def test_columns_are_found_or_named(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"question": "q", "solution": "so \\boxed{2}", "other": 1}])
     assert load_problems(path=path)[0] == {"problem": "q", "answer": "2"}
+    with pytest.raises(
+        DataError, match=r"no column problem or .*; its columns are a, b: name .* data.problem_column="
+    ):
+        load_problems(path=write(tmp_path / "b.jsonl", [{"a": "q", "b": "1"}]))
     with pytest.raises(DataError, match=r"no column gold; its columns are question, solution, other"):
         load_problems(path=path, answer_column="gold")
 
@@ -84,13 +88,24 @@ def test_folder_takes_the_split_and_parquet(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"problem": "p", "answer": "1"}\n{"problem": \n', r"a\.jsonl, line 2: not a JSON object"),
-        (b'{"problem": "p", "answer": "1"}\n\n[1]\n', r"a\.jsonl, line 3: not a JSON object \(it is a list\)"),
-        (b'{"problem": "\xff"}\n', r"a\.jsonl, line 1: not a JSON object"),
-        (b'{"problem": "p", "answer": "1"}\n{"problem": "p"}\n', r"a\.jsonl, row 2: column answer is missing"),
+        (
+            b'{"problem": "p", "answer": "1"}\n{"problem": \n',
+            r"a\.jsonl: 1 of 2 lines cannot be used: line 2 is not a JSON object \(Expecting value at col",
+        ),
+        (
+            b'{"problem": "p", "answer": "1"}\n\n[1]\n',
+            r"1 of 2 lines cannot be used: line 3 is not a JSON object \(it is a list\)",
+        ),
+        (b'{"problem": "\xff"}\n', r"line 1 is not a JSON object"),
+        (
+            b'{"problem": "p", "answer": "1"}\n{"problem": "p"}\n',
+            r"1 of 2 rows cannot be used: row 2 has nothing in column answer",
+        ),
         (b'{"problem": "p", "solution": "no box"}\n{"problem": "p", "solution": "\\\\boxed{"}\n', None),
         (b"\n", r"holds no problem"),
-        (b'{"problem": "p", "answer": ""}\n', r"no answer found in column answer"),
+        (b'{"problem": "p", "answer": ""}\n', r"row 1 has nothing in column answer: mend them, or take them out"),
+        (b'{"problem": "p", "solution": "\\\\boxed{"}\n', r"no answer found in column solution"),
+        (b"{\n" * 5 + b'{"problem": "p", "answer": "1"}\n', r"5 of 6 lines .* line 1 .*; line 3 .*; and 2 more: mend"),
     ],
 )
 def test_malformed_files_are_named(tmp_path, content, message):

@@ -20,6 +20,7 @@ from open_r1_capo.tasks.source import problem_source
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 TABLES = ("regimes", "thresholds")  # of a scale or a rule, read by the groups through interpolation
 RATES = ("learning_rate", "lr_scheduler_type", "warmup_steps")  # a budget that is the target replaces them
+SHORT = {"reward": "reward_funcs"}
 ALIASES = dict.fromkeys(("lora", "peft", "peft_config", "use_lora"), "use_peft")  # what others call it
 ANY_SOURCE = ("name", "path", "max_prompt_tokens")  # settings of `data` that every source reads
 
@@ -38,6 +39,7 @@ def compose_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
     """
     if name not in known_recipes():
         raise ConfigError(f"there is no recipe {name!r}; the recipes are {', '.join(known_recipes())}")
+    overrides = [_spelt_out(item) for item in overrides]
     checked = [_checked_override(item) for item in overrides]
     try:
         with initialize_config_dir(config_dir=str(RECIPES), version_base="1.3"):
@@ -46,11 +48,29 @@ def compose_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
         raise ConfigError(f"the recipe {name} cannot be composed: {' '.join(str(error).split())}") from None
     settings = {key: value for key, value in settings.items() if key not in TABLES}
     _check_keys(settings)
+    _own_file(settings, {_key(item) for item in overrides})
     for item in overrides:
         key = _key(item)
         if reason := _unread(key, settings):
             raise ConfigError(f"{key} has no effect with {reason}; change that, or leave {key} out")
     return settings
+
+
+def _spelt_out(override: str) -> str:
+    key, equals, value = override.partition("=")
+    return SHORT.get(key, key) + equals + value
+
+
+def _own_file(settings: dict[str, Any], given: set[str]) -> None:
+    """Let `data.path` without `data.name` mean that file: not the scale's set, and none of its held-out problems."""
+    data = settings.get("data")
+    if "data.path" not in given or "data.name" in given or not isinstance(data, dict) or not data.get("path"):
+        return
+    data["name"] = None
+    evaluation = settings.get("evaluation")
+    for name in ("problems", "suite"):
+        if isinstance(evaluation, dict) and f"evaluation.{name}" not in given:
+            evaluation.pop(name, None)
 
 
 def _key(override: str) -> str:

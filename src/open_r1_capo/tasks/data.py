@@ -37,6 +37,7 @@ MATH, MATH_500 = "DigitalLearningGmbH/MATH-lighteval", "HuggingFaceH4/MATH-500"
 MATH_SETS = {"math_train_7500": 7500, "math_train_12000": 12000}
 PROBLEM_COLUMNS = ("problem", "question", "Problem", "Question", "input")
 ANSWER_COLUMNS = ("answer", "Answer", "final_answer", "solution", "expected_answer", "output")
+SHOWN = 3  # faults of a file that are named
 KEPT_COLUMNS = ("id", "level", "subject", "type", "split")
 
 
@@ -116,22 +117,36 @@ def read_rows(path: str | Path) -> list[dict]:
             raise DataError(f"{path} is not a Parquet file: {error}") from error
     if path.suffix not in (".jsonl", ".json"):
         raise DataError(f"{path} is neither .jsonl nor .parquet")
-    rows = []
+    rows, faults = [], []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                rows.append(_parse_line(line, f"{path}, line {number}"))
+                row, fault = _parse_line(line)
+                rows += [] if fault else [row]
+                faults += [(number, fault)] if fault else []
+    _refuse_faults(str(path), faults, len(rows) + len(faults))
     return rows
 
 
-def _parse_line(line: bytes, place: str) -> dict:
+def _parse_line(line: bytes) -> tuple[dict, str | None]:
+    """The row of a line, and what is wrong with it."""
     try:
         row = json.loads(line)
-    except ValueError as error:  # bad JSON, or not UTF-8
-        raise DataError(f"{place}: not a JSON object ({error})") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: not a JSON object (it is a {type(row).__name__})")
-    return row
+    except json.JSONDecodeError as error:
+        return {}, f"is not a JSON object ({error.msg} at column {error.colno})"
+    except ValueError as error:  # not UTF-8
+        return {}, f"is not a JSON object ({error})"
+    return (row, None) if isinstance(row, dict) else ({}, f"is not a JSON object (it is a {type(row).__name__})")
+
+
+def _refuse_faults(source: str, faults: list[tuple[int, str]], total: int, unit: str = "line") -> None:
+    """Raise DataError if there are any: how many, and the first ones by line."""
+    if faults:
+        first = "; ".join(f"{unit} {number} {fault}" for number, fault in faults[:SHOWN])
+        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise DataError(
+            f"{source}: {len(faults)} of {total} {unit}s cannot be used: {first}{more}: mend them, or take them out"
+        )
 
 
 def _file_rows(path: Path, split: str, stems: tuple[str, ...]) -> list[dict]:
@@ -160,10 +175,8 @@ def hub_rows(name: str, config: str | None, split: str, local_copy: str = LOCAL_
         DataError: If it does not exist, is gated, or the hub cannot be reached.
     """
     import datasets
-    import huggingface_hub
 
-    if not _hub_resolves():  # then use the cache at once: each of the hub client's retries waits in vain
-        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    work_offline_if_unreachable()
     try:
         return datasets.load_dataset(name, config, split=split).to_list()
     except datasets.exceptions.DatasetNotFoundError as error:
@@ -176,6 +189,15 @@ def hub_rows(name: str, config: str | None, split: str, local_copy: str = LOCAL_
                 f"data set {name} could not be downloaded (is this machine offline?); use a local copy: {local_copy}"
             ) from error
         raise DataError(f"data set {name}: {error}") from error
+
+
+def work_offline_if_unreachable() -> None:
+    """Use the hub's cache alone if its name cannot be looked up: each of the client's retries would wait in vain."""
+    import datasets
+    import huggingface_hub
+
+    if not _hub_resolves():
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def _hub_resolves() -> bool:
@@ -210,13 +232,15 @@ def normalise(problem: str) -> str:
     return "".join(problem.split())
 
 
-def _column(wanted: str | None, candidates: Iterable[str], rows: list[dict], source: str) -> str:
-    """Choose the column to read: the wanted one, else the first candidate that the rows have."""
+def _column(what: str, wanted: str | None, candidates: Iterable[str], rows: list[dict], source: str) -> str:
+    """Choose the column to read, of the problem or the answer: the wanted one, else the first candidate there is."""
     names = [wanted] if wanted else list(candidates)
     for name in names:
         if name in rows[0]:
             return name
-    raise DataError(f"{source} has no column {' or '.join(names)}; its columns are {', '.join(map(str, rows[0]))}")
+    there = ", ".join(map(str, rows[0]))
+    hint = "" if wanted else f": name the column with data.{what}_column=<name>"
+    raise DataError(f"{source} has no column {' or '.join(names)}; its columns are {there}{hint}")
 
 
 def load_problems(
@@ -241,7 +265,7 @@ def load_problems(
     Raises:
         DataError: If the data set is missing, malformed, incomplete, or has no answers.
     """
-    from datasets import Dataset
+    from datasets import Dataset, DatasetInfo
 
     if not name and not path:
         raise DataError("no data set: give data.name=<name> or data.path=<file or folder>")
@@ -252,16 +276,17 @@ def load_problems(
         rows = _file_rows(local, split, (split,)) if local else hub_rows(name, config, split)
     if not rows:
         raise DataError(f"{source} holds no problem")
-    problem = _column(problem_column, PROBLEM_COLUMNS, rows, source)
-    answer = _column(answer_column, ANSWER_COLUMNS, rows, source)
+    problem = _column("problem", problem_column, PROBLEM_COLUMNS, rows, source)
+    answer = _column("answer", answer_column, ANSWER_COLUMNS, rows, source)
     kept = [column for column in KEPT_COLUMNS if column in rows[0]]
-    table = []
+    table, faults = [], []
     for number, row in enumerate(rows, start=1):
-        if row.get(problem) is None or row.get(answer) is None:
-            missing = problem if row.get(problem) is None else answer
-            raise DataError(f"{source}, row {number}: column {missing} is missing or empty")
+        empty = [name for name in (problem, answer) if not str("" if row.get(name) is None else row[name]).strip()]
+        faults += [(number, f"has nothing in column {empty[0]}")] if empty else []
         cells = {column: str(row.get(column)) for column in kept}
-        table.append({"problem": str(row[problem]), "answer": gold_answer(row[answer]), **cells})
+        table.append({"problem": str(row.get(problem)), "answer": gold_answer(row.get(answer)), **cells})
+    _refuse_faults(source, faults, len(rows), "row")
     if not any(row["answer"] for row in table):
         raise DataError(f"{source}: no answer found in column {answer} (answers, or solutions with \\boxed{{…}})")
-    return Dataset.from_list(table)
+    found = f"{len(table)} of {source}, column {problem} with the answers in column {answer}"
+    return Dataset.from_list(table, info=DatasetInfo(description=found))

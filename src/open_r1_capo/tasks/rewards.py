@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 
+from open_r1_capo.tasks.own_reward import own_reward
 from open_r1_capo.tasks.verifier import default_verifier
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,11 @@ REWARDS: dict[str, Callable] = {"accuracy": accuracy_reward, "format": format_re
 
 
 def get_reward_funcs(names: Sequence[str]) -> list[Callable]:
-    """The reward functions of some names, in order; raises ValueError for an unknown one."""
-    unknown = [name for name in names if name not in REWARDS]
-    if unknown:
-        raise ValueError(f"unknown reward {', '.join(unknown)}; known: {', '.join(REWARDS)}")
-    return [REWARDS[name] for name in names]
+    """The reward functions of some names, `<python file>:<function>` for one's own; raises ValueError if unknown."""
+    return [own_reward(name) if ":" in name else _known(name) for name in names]
+
+
+def _known(name: str) -> Callable:
+    if name not in REWARDS:
+        raise ValueError(f"unknown reward {name}; known: {', '.join(REWARDS)}, or <python file>:<function>")
+    return REWARDS[name]

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from trl import GRPOConfig
 
 from open_r1_capo.settings.run import RunConfig, read
 from open_r1_capo.settings.values import ConfigError
-from open_r1_capo.tasks.data import SYSTEM_PROMPT, to_prompts
+from open_r1_capo.tasks.data import SYSTEM_PROMPT, to_prompts, work_offline_if_unreachable
 from open_r1_capo.tasks.held_out import held_out_accuracy, suite_accuracy
 from open_r1_capo.tasks.rewards import get_reward_funcs
 from open_r1_capo.tasks.source import policy_source, problem_source
@@ -28,6 +29,8 @@ from open_r1_capo.training.token_records import TokenRecords
 from open_r1_capo.training.trainer import CAPOTrainer
 
 Accuracy = Callable[[], dict[str, float]]
+# of a model that has none, such as a base model
+PLAIN_TEMPLATE = "{{ bos_token or '' }}{% for turn in messages %}{{ turn['content'] + '\n\n' }}{% endfor %}"
 
 
 def build(settings: dict[str, Any]) -> tuple[RunConfig, GRPOConfig]:
@@ -37,7 +40,7 @@ def build(settings: dict[str, Any]) -> tuple[RunConfig, GRPOConfig]:
         ConfigError: a value of the wrong type or out of range, or a recipe that this machine cannot run.
     """
     config, values = read(settings, world_size())
-    check_machine(config)
+    check_machine(config, bool(values["use_cpu"]))
     return config, grpo_config(values)
 
 
@@ -46,12 +49,13 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_machine(config: RunConfig) -> None:
+def check_machine(config: RunConfig, use_cpu: bool = False) -> None:
     """Raise ConfigError if this machine or this launch cannot run the recipe."""
-    if config.needs_gpu and not torch.cuda.is_available():
+    if config.needs_gpu and not use_cpu and not torch.cuda.is_available():
         raise ConfigError(
             f"the scale {config.scale} needs a GPU and this machine has none; here, "
-            f"`make train RECIPE={config.recipe} SCALE=lab` runs"
+            f"`make train RECIPE={config.recipe} SCALE=lab` runs, SCALE=own trains any small model, and use_cpu=true "
+            "bf16=false tries this one all the same"
         )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         return
@@ -90,17 +94,30 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or hub id, padding on the left; the first thing to fail if it cannot be reached.
 
     Raises:
-        ConfigError: the model cannot be reached, or has no chat template.
+        ConfigError: the model cannot be reached, or has no end-of-text token.
     """
+    if not Path(model).is_dir():
+        work_offline_if_unreachable()
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     except (OSError, ValueError) as error:
+        looks = model.startswith((".", "/", "~")) or model.count("/") > 1
+        reason = "there is no such folder" if looks and not Path(model).is_dir() else str(error).splitlines()[0]
         raise ConfigError(
-            f"the model {model} cannot be loaded ({str(error).splitlines()[0]}); put a copy of it on this machine and "
+            f"the model {model} cannot be loaded ({reason}); put a copy of it on this machine and "
             "set model_name_or_path=<folder>"
         ) from None
+    if tokenizer.eos_token is None:
+        raise ConfigError(
+            f"the tokenizer of {model} has no end-of-text token (eos_token), with which a completion ends: set it in "
+            "the folder's tokenizer_config.json"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        say(f"the tokenizer of {model} has no pad token: its end-of-text token {tokenizer.eos_token} pads")
     if tokenizer.chat_template is None:
-        raise ConfigError(f"the tokenizer of {model} has no chat template, which the prompts need")
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        say(f"the tokenizer of {model} has no chat template: prompts are the turns' texts, an empty line after each")
     return tokenizer
 
 
@@ -157,12 +174,24 @@ def make_trainer(
         raise
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"the trainer cannot be built: {' '.join(str(error).split())}") from None
+    _check_tokens(trainer, tokenizer)
     trainer.remove_callback(PrinterCallback)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
         say("FSDP is ignored: accelerate shards on GPUs alone, so that every process here holds the whole model")
     if backend:
         attach(trainer, backend)
     return trainer
+
+
+def _check_tokens(trainer: RunTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ConfigError if the tokenizer's own tokens are none of the model's."""
+    rows = trainer.model.get_input_embeddings().num_embeddings
+    beyond = [t for t in (tokenizer.pad_token, tokenizer.eos_token) if tokenizer.convert_tokens_to_ids(t) >= rows]
+    if beyond:
+        raise ConfigError(
+            f"the token {beyond[0]} of the tokenizer is not in the model's vocabulary of {rows}: name another one in "
+            "the folder's tokenizer_config.json"
+        )
 
 
 def system_prompt(config: RunConfig) -> str:
