@@ -2,8 +2,8 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
-RECIPE ?= capo_aggressive
 SCALE ?= lab
+RECIPE ?= $(if $(filter own,$(SCALE)),grpo_budget,capo_aggressive)
 SEED ?= 0
 ARGS ?=
 PYTHON ?= python3

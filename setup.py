@@ -20,6 +20,7 @@ INSTALL_REQUIRES = [
     "wandb>=0.31,<1",  # offline mode without an account
     "matplotlib>=3.10,<4",  # the figures
     "scipy>=1.15,<2",  # their statistics
+    "psutil>=6,<8",  # free memory, by which SCALE=own chooses its micro-batch; accelerate needs it too
     "requests>=2.32,<3",  # trl's vLLM server client imports it without declaring it
 ]
 

@@ -64,6 +64,11 @@ def test_what_no_rule_reads_is_refused(words, sentence):
     assert len(err.splitlines()) == 1
 
 
+def test_an_own_model_is_trained_within_a_budget():
+    assert "--config-name grpo_budget scale=own" in dry("train", "SCALE=own")[1]
+    assert "--config-name capo_budget scale=own" in dry("train", "SCALE=own", "RECIPE=capo_budget")[1]
+
+
 def test_several_verbs_take_each_others_variables():
     assert dry("report", "compare", "RUN=a", "RUNS=a b")[0] == 0
 

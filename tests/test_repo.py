@@ -26,7 +26,7 @@ ALLOWED = {
     "settings": {"runs", "capo", "budget", "tasks"},
     "cluster": {"runs", "settings", "tasks"},
     "capacity": {"runs", "settings", "tasks"},
-    "training": {"runs", "capo", "budget", "tasks", "report", "settings", "cluster"},
+    "training": {"runs", "capo", "budget", "tasks", "report", "settings", "cluster", "capacity"},
     "evaluation": {"runs", "tasks", "settings", "cluster"},
     "experiments": {"runs", "capo", "tasks", "settings", "cluster", "training"},
     "grpo": {"runs", "settings", "training", "cluster"},

@@ -34,7 +34,8 @@ OWN_TABLES = [scale for scale in SCALES if not scale.startswith("lab_")]  # the 
 )
 def test_every_recipe_composes_at_every_scale(recipe, scale):
     settings = compose_recipe(recipe, [f"scale={scale}"])
-    run, args = build(settings | NO_GPU)
+    own = {"model_name_or_path": "models/mine"} if scale == "own" else {}
+    run, args = build(settings | NO_GPU | own)
     assert (run.recipe, run.scale) == (recipe, scale)
     assert args.generation_batch_size == run.completions_per_step
     assert settings["recipe"] == recipe
@@ -85,7 +86,7 @@ def test_the_papers_settings(recipe, size):
         ("capo.max_polcy_shift=1", "did you mean capo.max_policy_shift?"),
         ("data.pth=x", "did you mean data.path?"),
         ("xxyyzz=1", "neither a field of TRL's GRPOConfig nor ours"),
-        ("scale=huge", "no scale 'huge'; there are lab, lab_heavy, .*, qwen2.5-math-1.5b, qwen2.5-math-7b"),
+        ("scale=huge", "no scale 'huge'; there are lab, lab_heavy, .*, own, qwen2.5-math-1.5b, qwen2.5-math-7b"),
         ("capo.max_policy_shift=0", "max_policy_shift must be greater than 0"),
         ("capo.max_policy_shift=-1e-4", "max_policy_shift must be greater than 0"),
         ("capo.step_policy_shift=0", "step_policy_shift must be greater than 0"),

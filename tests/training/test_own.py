@@ -7,7 +7,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from open_r1_capo import grpo
-from open_r1_capo.training import build
+from open_r1_capo.settings.recipes import compose_recipe
+from open_r1_capo.settings.values import ConfigError
+from open_r1_capo.training import build, machine
 from test_grpo import command, metrics, refused
 
 
@@ -64,3 +66,99 @@ def test_a_reward_of_ones_own(capsys, tmp_path, lab_policy):
     file.write_text("def even(completions):\n    return [1]\n")
     assert grpo.main([*arguments, f"reward={file}:even", "overwrite=true"]) == 2
     assert "mine.py:even must return a list of" in capsys.readouterr().err
+
+
+# --- SCALE=own: what follows from the machine ---
+
+
+def own(model, *more):
+    return compose_recipe("grpo_budget", ["scale=own", f"model_name_or_path={model}", *more])
+
+
+@pytest.fixture
+def problems(tmp_path):
+    file = tmp_path / "sums.jsonl"
+    rows = [{"question": f"{i} + 1", "answer": str(i + 1)} for i in range(9)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_a_model_and_a_file_are_enough(capsys, tmp_path, lab_policy, problems):
+    """On a CPU; all choices are said before the first step, and the same command goes on with them."""
+    arguments = [
+        "--config-name",
+        "grpo_budget",
+        "scale=own",
+        f"model_name_or_path={lab_policy}",
+        f"data.path={problems}",
+    ]
+    arguments += ["max_steps=2", "save_steps=1", "max_completion_length=8", f"output_root={tmp_path}/out"]
+    assert grpo.main(arguments) == 0
+    said = capsys.readouterr().err
+    chosen = said.partition("step 1/")[0]
+    for part in ("device         CPU, as there is no GPU  (use_cpu=false)", "micro-batch    32, about 0.", "9 of",
+                 "column question with the answers in column answer", "KL budget of 0.30% of the entropy",
+                 "reward=<python file>:<function>"):  # fmt: skip
+        assert part in chosen, part
+    folder = tmp_path / "out" / "grpo_budget" / "own" / "seed0"
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-2")
+    with pytest.MonkeyPatch.context() as patch:
+        little = type("Memory", (), {"available": 2**28, "total": 2**34})
+        patch.setattr(machine.psutil, "virtual_memory", lambda: little)
+        assert machine.fit(own(lab_policy), 1).settings["per_device_train_batch_size"] < 32
+        assert grpo.main(arguments) == 0
+    assert "resuming from" in capsys.readouterr().err
+    assert [row["step"] for row in metrics(folder)] == [1, 2]
+
+
+def test_the_micro_batch_fits_the_memory(lab_policy, monkeypatch):
+    """It is the largest that the formulas of `make plan` say fits, and nothing smaller than one is tried."""
+    sizes = {}
+    for gib in (0.02, 0.25, 0.5, 4):
+        memory = type("Memory", (), {"available": gib * 2**30, "total": 2**34})
+        monkeypatch.setattr(machine.psutil, "virtual_memory", lambda memory=memory: memory)
+        try:
+            sizes[gib] = machine.fit(own(lab_policy), 1).settings["per_device_train_batch_size"]
+        except ConfigError as error:
+            sizes[gib] = str(error)
+    assert "one completion at a time needs about" in sizes[0.02]
+    assert sizes[0.25] <= sizes[0.5] <= sizes[4] == 32
+    assert sizes[0.25] < 32
+
+
+def test_what_is_set_stays(lab_policy):
+    settings = machine.fit(own(lab_policy, "per_device_train_batch_size=2", "use_cpu=true", "bf16=true"), 1).settings
+    assert (settings["per_device_train_batch_size"], settings["bf16"]) == (2, True)
+    steps = machine.fit(own(lab_policy, "gradient_accumulation_steps=16"), 1).settings
+    assert "per_device_train_batch_size" not in steps
+    lab = compose_recipe("grpo_budget", [])
+    assert machine.fit(lab, 1).settings is lab
+
+
+def test_a_gpu_is_used_where_there_is_one(lab_policy, monkeypatch):
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine.torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(machine.torch.cuda, "mem_get_info", lambda: (24 * 2**30, 24 * 2**30))
+    settings = machine.fit(own(lab_policy), 1).settings
+    assert not settings["use_cpu"]
+    assert settings["bf16"] and settings["gradient_checkpointing"]
+
+
+def test_a_model_of_unknown_memory(tmp_path, lab_policy):
+    folder = tmp_path / "odd"
+    shutil.copytree(lab_policy, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "gpt2"}
+    (folder / "config.json").write_text(json.dumps(config))
+    settings, memory = machine.fit(own(folder), 1)
+    assert settings["per_device_train_batch_size"] == machine.CAREFUL
+    assert "memory not computed" in memory
+
+
+def test_a_missing_model_or_file(capsys, tmp_path, lab_policy):
+    out = f"output_root={tmp_path}/out"
+    assert "model_name_or_path is not set: add model_name_or_path=<folder or hub id>" in refused(
+        capsys, "--config-name", "grpo_budget", "scale=own", out
+    )
+    error = refused(capsys, "--config-name", "grpo_budget", "scale=own", f"model_name_or_path={lab_policy}", out)
+    assert "no data set: give data.name=<name> or data.path=<file or folder>" in error

@@ -71,6 +71,7 @@ class RunConfig:
     system_prompt: str | None = None  # null is the default of `tasks.data`; an empty string sends none
     num_threads: int | None = None  # CPU threads of torch; null leaves torch's choice
     needs_gpu: bool = False  # refuse to start without a CUDA device
+    fit_machine: bool = False  # device, precision and micro-batch that are not set follow from the machine
     output_root: str = "outputs"  # the run's folder is <output_root>/<recipe>[,<variant>]/<scale>/seed<seed>
     variant: str = ""  # a name for what was changed in the recipe, such as `learning_rate=0.0004`
     overwrite: bool = False  # throw an older run of the same folder away
@@ -171,7 +172,8 @@ def read(settings: dict[str, Any], processes: int = 1) -> tuple[RunConfig, dict[
     """
     for key in ("model_name_or_path", "completions_per_step"):
         if settings.get(key) is None:
-            raise ConfigError(f"{key} is not set")
+            example = "<folder or hub id>" if key == "model_name_or_path" else "<number>"
+            raise ConfigError(f'{key} is not set: add {key}={example} (make: ARGS="{key}=…")')
     values = convert(settings, SETTINGS)
     _check_policy(values)
     capo = capo_config(**values.pop("capo", {}))

@@ -37,6 +37,7 @@ from open_r1_capo.training.build import (
     world_size,
 )
 from open_r1_capo.training.callbacks import RunCallback
+from open_r1_capo.training.machine import choices, fit
 from open_r1_capo.training.preemption import Preempted, Preemption
 
 FULL = {
@@ -74,6 +75,7 @@ def command(recipe: str, overrides: Sequence[str]) -> int:
 def train(settings: dict[str, Any], preemption: Preemption | None = None) -> None:
     """Run a composed recipe to its end, from wherever an earlier call stopped; `preemption` may stop it again."""
     # --- the recipe --------------------------------------------------------------------------------------------------
+    settings, memory = fit(settings, world_size())
     config, args = build(settings)
     rewards = known_rewards(config)
     if config.num_threads:
@@ -85,7 +87,7 @@ def train(settings: dict[str, Any], preemption: Preemption | None = None) -> Non
             print("\n".join(["this run has ended (OVERWRITE=1 runs it again)", *summary_lines(folder)]))
         return
     try:
-        fill(folder, settings, config, args, rewards, preemption)
+        fill(folder, settings, config, args, rewards, preemption, memory=memory)
     finally:
         folder.release()
 
@@ -97,12 +99,16 @@ def fill(
     args: GRPOConfig,
     rewards: list[Callable],
     preemption: Preemption | None,
+    *,
+    memory: str = "",
 ) -> None:
-    """Train into a run's folder, which stays locked until its owner releases it."""
+    """Train into a run's folder, which stays locked until its owner releases it; `memory` is a word of `fit`."""
     # --- the policy and its data -------------------------------------------------------------------------------------
     model = policy_folder(config)
     tokenizer = load_tokenizer(model)
     dataset = load_dataset(config, tokenizer, args.seed)
+    if config.fit_machine:
+        say("\n".join(["chosen, with what changes it:", *choices(config, args, dataset.info.description, memory)]))
 
     # --- the folder and the trainer: if it cannot be built, the folder is left as it was -----------------------------
     main_process = args.process_index == 0
