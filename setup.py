@@ -3,7 +3,11 @@
 `make install` builds `.venv` from this file and rebuilds it when this file is newer.
 """
 
+import shutil
+from pathlib import Path
+
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py
 
 # Moving libraries are pinned exactly where this project reads or overrides their internals,
 # and to a compatible range elsewhere.
@@ -49,6 +53,17 @@ NATIVE = Extension(
     optional=True,
 )
 
+
+
+class BuildWithRecipes(build_py):
+    """Put the recipes into the package, where an installation without the repository finds them."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree("recipes", Path(self.build_lib) / "open_r1_capo" / "recipes", dirs_exist_ok=True)
+
+
 setup(
     name="open-r1-capo",
     version="0.1.0",
@@ -58,6 +73,7 @@ setup(
     packages=find_packages("src"),
     package_data={"open_r1_capo.report": ["*.html", "*.css", "*.js"], "open_r1_capo.settings": ["*.json"]},
     ext_modules=[NATIVE],
+    cmdclass={"build_py": BuildWithRecipes},
     python_requires=">=3.10",
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,

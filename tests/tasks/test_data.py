@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,34 @@ def test_missing_things_are_one_sentence(tmp_path):
         load_problems(path=tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"give data\.name=<name> or data\.path="):
         load_problems()
+
+
+@pytest.fixture
+def nobody():
+    """Without the rights of root, for whom every file can be read."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    yield
+    os.seteuid(0)
+
+
+def test_an_unreadable_file_is_one_sentence(tmp_path, nobody):
+    """A file without permission to read, in a folder of another user."""
+    folder = Path(tempfile.mkdtemp(dir=os.environ.get("TMPDIR", tempfile.gettempdir())))
+    path = write(folder / "a.jsonl", [{"problem": "p", "answer": "1"}])
+    try:
+        path.chmod(0)
+        with pytest.raises(DataError, match=r"a\.jsonl cannot be read \(Permission denied\)"):
+            load_problems(path=path)
+        folder.chmod(0)
+        for there in (path, folder):
+            with pytest.raises(DataError, match=r"cannot be read \(Permission denied\)"):
+                load_problems(path=there)
+    finally:
+        folder.chmod(0o700)
+        shutil.rmtree(folder)
 
 
 def test_offline_says_how_to_use_a_local_copy(monkeypatch):

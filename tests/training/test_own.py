@@ -4,12 +4,12 @@ import json
 import shutil
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from open_r1_capo import grpo
 from open_r1_capo.settings.recipes import compose_recipe
 from open_r1_capo.settings.values import ConfigError
-from open_r1_capo.training import build, machine
+from open_r1_capo.training import build, disk, machine
 from test_grpo import command, metrics, refused
 
 
@@ -162,3 +162,71 @@ def test_a_missing_model_or_file(capsys, tmp_path, lab_policy):
     )
     error = refused(capsys, "--config-name", "grpo_budget", "scale=own", f"model_name_or_path={lab_policy}", out)
     assert "no data set: give data.name=<name> or data.path=<file or folder>" in error
+
+
+# --- paths, disks, folders ---
+
+
+@pytest.mark.parametrize(
+    "name", ["übung.jsonl", "a,b.jsonl", "a(1).jsonl", "it's.jsonl", "a=b.jsonl", "[x].jsonl", "a b.jsonl"]
+)
+def test_paths_are_taken_as_they_are(tmp_path, problems, name):
+    """Hydra's grammar has meanings for these signs, which no path intends."""
+    (tmp_path / name).write_bytes(problems.read_bytes())
+    for path in (f"{tmp_path}/{name}", f'"{tmp_path}/{name}"'):
+        settings = compose_recipe("grpo_budget", [f"data.path={path}", f"output_root={tmp_path}/{name}"])
+        assert settings["data"]["path"] == settings["output_root"] == f"{tmp_path}/{name}"
+    assert compose_recipe("grpo_budget", [f"reward={name}.py:f"])["reward_funcs"] == f"{name}.py:f"
+
+
+def test_a_home_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "homes/me")
+    settings = compose_recipe("grpo_budget", ["data.path=~/x.jsonl", "model_name_or_path=~/m", "output_root=null"])
+    assert (settings["data"]["path"], settings["model_name_or_path"]) == ("homes/me/x.jsonl", "homes/me/m")
+    assert settings["output_root"] is None
+
+
+def test_other_values_say_that_they_want_quotes():
+    with pytest.raises(ConfigError, match="run_name=größe cannot be read .*quotes: run_name='größe'"):
+        compose_recipe("grpo_budget", ["run_name=größe"])
+
+
+def test_checkpoints_that_do_not_fit_are_said_before(capsys, tmp_path, lab_policy, problems, monkeypatch):
+    usage = type("Usage", (), {"free": 2 * 2**20})
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage)
+    assert grpo.main(command(tmp_path / "out", lab_policy)) == 0
+    said = capsys.readouterr().err
+    assert "warning: this run writes 3 checkpoints of about 0.00" in said
+    assert "save_total_limit=2" in said
+    usage.free = 2**40
+    assert grpo.main(command(tmp_path / "other", lab_policy, "max_steps=2")) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_the_size_of_a_checkpoint(tmp_path, lab_policy):
+    """Within a tenth of what is written."""
+    assert grpo.main(command(tmp_path, lab_policy, "max_steps=2")) == 0
+    folder = tmp_path / "capo_aggressive" / "lab" / "seed0" / "checkpoints" / "checkpoint-2"
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    policy = AutoModelForCausalLM.from_pretrained(lab_policy)
+    assert disk.checkpoint_bytes(policy, "adamw_torch", moments=True) == pytest.approx(written, rel=0.1)
+    assert disk.checkpoint_bytes(policy, "sgd", moments=False) < written / 2
+
+
+def test_a_run_without_a_step_gives_its_folder_away(capsys, tmp_path, lab_policy):
+    arguments = command(tmp_path, lab_policy, "max_steps=2")
+    assert grpo.main(arguments) == 0
+    folder = tmp_path / "capo_aggressive" / "lab" / "seed0"
+    error = refused_after(capsys, *arguments, "capo.max_policy_shift=1e-3", "temperature=0.7")
+    assert "(capo.max_policy_shift, temperature; capo.max_policy_shift was 0.01, now 0.001)" in error
+    assert "variant=<name>" in error
+    for path in (folder / "checkpoints", folder / "tokens"):
+        shutil.rmtree(path)
+    (folder / "summary.json").unlink()
+    (folder / "metrics.jsonl").unlink()
+    assert grpo.main([*arguments, "temperature=0.7"]) == 0
+
+
+def refused_after(capsys, *arguments):
+    capsys.readouterr()
+    return refused(capsys, *arguments)

@@ -28,8 +28,9 @@ from typing import Any
 import yaml
 
 from open_r1_capo.runs.exit import UserError
+from open_r1_capo.settings.recipes import RECIPES
 
-EXPERIMENTS = Path(__file__).resolve().parents[3] / "recipes" / "experiments"
+EXPERIMENTS = RECIPES / "experiments"
 SCALES = EXPERIMENTS.parent / "scale"
 COMMON = "common"
 OUTPUTS = Path("outputs/experiments")

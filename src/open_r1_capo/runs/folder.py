@@ -29,7 +29,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from open_r1_capo.runs.checkpoints import newest_complete
+from open_r1_capo.runs.checkpoints import checkpoint_folders, newest_complete
 from open_r1_capo.runs.exit import UserError
 from open_r1_capo.runs.run import NOT_IDENTITY, Run, RunError, write_atomically
 
@@ -58,13 +58,20 @@ class RunFolder(Run):
         if not self.path.is_dir():
             raise RunFolderError(f"{self.path} is a file, not a run's folder: choose another output_root")
         if any(self.path.iterdir()):
-            differing = self.differences(settings)
-            if differing and not overwrite:
+            differing = _single(self.differences(settings))
+            if differing and not overwrite and not self.stepless:
                 key, (theirs, ours) = next(iter(differing.items()))
                 raise RunFolderError(
                     f"{self.path} belongs to a run with other settings ({', '.join(differing)}; {key} was {theirs!r}, "
-                    f"now {ours!r}): choose another output_root, or throw the old run away with OVERWRITE=1"
+                    f"now {ours!r}): give this one a folder of its own with variant=<name> (in ARGS) or another "
+                    "output_root, or throw the old run away with OVERWRITE=1"
                 )
+
+    @property
+    def stepless(self) -> bool:
+        """Whether the run has come to no step, so that nothing is lost with it."""
+        begun = self.metrics_file.is_file() and self.metrics_file.stat().st_size > 0
+        return not (begun or self.summary_file.exists() or checkpoint_folders(self.checkpoint_folder))
 
     def differences(self, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """The settings (theirs, ours) by key that differ and make this another run than the folder's.
@@ -97,6 +104,8 @@ class RunFolder(Run):
         if aside.exists() and not self.path.exists():  # an overwriting call was killed half way
             os.rename(aside, self.path)
         self.check(settings, overwrite)
+        if self.config_file.exists() and self.stepless and self.differences(settings):
+            overwrite = True
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         fresh = overwrite or not self.path.exists() or not any(self.path.iterdir())
         made = False  # by us, so that it may be thrown away
@@ -168,6 +177,18 @@ class RunFolder(Run):
         """Forget the metrics after the step that the run continues from: they will be written again."""
         if self.metrics_file.is_file():
             write_atomically(self.metrics_file, _json_lines(row for row in self.metrics() if row["step"] <= step))
+
+
+def _single(differing: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    """The differences (theirs, ours) with those of a group by their full names, such as `capo.mode`."""
+    found = {}
+    for key, (theirs, ours) in differing.items():
+        if isinstance(theirs, dict) and isinstance(ours, dict):
+            pairs = {name: (theirs.get(name), ours.get(name)) for name in sorted(theirs.keys() | ours.keys())}
+            found |= _single({f"{key}.{name}": pair for name, pair in pairs.items() if pair[0] != pair[1]})
+        else:
+            found[key] = (theirs, ours)
+    return found
 
 
 def _json_lines(rows: Iterable[dict[str, Any]]) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -17,10 +19,13 @@ from open_r1_capo.settings.run import GROUPS, SETTINGS
 from open_r1_capo.settings.values import GROUP, ConfigError
 from open_r1_capo.tasks.source import problem_source
 
-RECIPES = Path(__file__).resolve().parents[3] / "recipes"
+INSTALLED = Path(__file__).resolve().parents[1] / "recipes"  # by pip, without the repository
+RECIPES = INSTALLED if INSTALLED.is_dir() else INSTALLED.parents[2] / "recipes"
 TABLES = ("regimes", "thresholds")  # of a scale or a rule, read by the groups through interpolation
 RATES = ("learning_rate", "lr_scheduler_type", "warmup_steps")  # a budget that is the target replaces them
 SHORT = {"reward": "reward_funcs"}
+PATHS = ("data.path", "model_name_or_path", "output_root", "reward_funcs")  # whose values are no grammar of Hydra's
+PLAIN = re.compile(r"[\w./:%@+-]*|\[.*\]", re.ASCII)  # what Hydra reads as it stands; a list
 ALIASES = dict.fromkeys(("lora", "peft", "peft_config", "use_lora"), "use_peft")  # what others call it
 ANY_SOURCE = ("name", "path", "max_prompt_tokens")  # settings of `data` that every source reads
 
@@ -44,6 +49,12 @@ def compose_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
     try:
         with initialize_config_dir(config_dir=str(RECIPES), version_base="1.3"):
             settings = OmegaConf.to_container(compose(name, [*checked, f"++recipe={name}"]), resolve=True)
+    except OverrideParseException as error:
+        key, _, value = error.override.lstrip("+").partition("=")
+        raise ConfigError(
+            f"{key}={value} cannot be read (Hydra's grammar has a meaning for some of its signs); put the value into "
+            f"quotes: {key}={_quoted(value)}"
+        ) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"the recipe {name} cannot be composed: {' '.join(str(error).split())}") from None
     settings = {key: value for key, value in settings.items() if key not in TABLES}
@@ -57,8 +68,18 @@ def compose_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def _spelt_out(override: str) -> str:
+    """The override under its full name; of a path, with ~ expanded and in quotes where Hydra wants them."""
     key, equals, value = override.partition("=")
-    return SHORT.get(key, key) + equals + value
+    key = SHORT.get(key, key)
+    if _key(key) in PATHS:
+        inner = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+        inner = os.path.expanduser(inner)
+        value = inner if PLAIN.fullmatch(inner) and inner == value.strip("'\"") else _quoted(inner)
+    return key + equals + value
+
+
+def _quoted(value: str) -> str:
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _own_file(settings: dict[str, Any], given: set[str]) -> None:

@@ -18,7 +18,7 @@ import re
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -155,6 +155,7 @@ def _file_rows(path: Path, split: str, stems: tuple[str, ...]) -> list[dict]:
         raise DataError(f"data.path={path} does not exist")
     if path.is_file():
         return read_rows(path)
+    os.listdir(path)  # rglob passes over what it must not read
     files = sorted(file for file in path.rglob("*") if file.suffix in (".jsonl", ".parquet"))
     for stem in stems:
         if chosen := [file for file in files if file.name.startswith(stem)]:
@@ -209,6 +210,14 @@ def _hub_resolves() -> bool:
         return bool(socket.getaddrinfo(urllib.parse.urlsplit(endpoint).hostname, 443))
     except OSError:
         return False
+
+
+def _readable(read: Callable[[], list[dict]], source: str) -> list[dict]:
+    """The rows; raises DataError where the system does not let them be read."""
+    try:
+        return read()
+    except OSError as error:
+        raise DataError(f"{error.filename or source} cannot be read ({error.strerror or error})") from error
 
 
 def _math_rows(name: str, path: Path | None) -> list[dict]:
@@ -271,9 +280,11 @@ def load_problems(
         raise DataError("no data set: give data.name=<name> or data.path=<file or folder>")
     source, local = str(path or name), Path(path) if path else None
     if name in MATH_SETS:
-        rows = _math_rows(name, local)
+        rows = _readable(lambda: _math_rows(name, local), source)
     else:
-        rows = _file_rows(local, split, (split,)) if local else hub_rows(name, config, split)
+        rows = (
+            _readable(lambda: _file_rows(local, split, (split,)), source) if local else hub_rows(name, config, split)
+        )
     if not rows:
         raise DataError(f"{source} holds no problem")
     problem = _column("problem", problem_column, PROBLEM_COLUMNS, rows, source)

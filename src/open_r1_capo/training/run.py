@@ -37,6 +37,7 @@ from open_r1_capo.training.build import (
     world_size,
 )
 from open_r1_capo.training.callbacks import RunCallback
+from open_r1_capo.training.disk import too_small
 from open_r1_capo.training.machine import choices, fit
 from open_r1_capo.training.preemption import Preempted, Preemption
 
@@ -132,6 +133,9 @@ def fill(
         say(other)
     if main_process:
         folder.trim_metrics(step_of(resume) if resume else 0)
+
+    if warning := too_small(trainer.model, args, config.capo.on, folder.path):
+        say(warning)
 
     # --- training ----------------------------------------------------------------------------------------------------
     if resume:
