@@ -15,6 +15,7 @@ EVAL_FLAGS = $(foreach name,$(TAKES_eval),$(if \
 .PHONY: eval eval-model data-check eval-gold mechanism theorem serve
 eval-model:
 	@$(if $(MODEL)$(RUN),,echo "eval: give MODEL=<folder or hub id> or RUN=<run folder>" >&2; exit 2)
+	@$(if $(RUN),test -d '$(RUN)' || { echo "eval: there is no run folder $(RUN)" >&2; exit 2; })
 
 eval: eval-model $(STAMP) .venv-eval/.ready $(if $(filter transformers,$(BACKEND)),,.venv-vllm/.tried) ## evaluate MODEL=… or RUN=… on the eight test sets [TASKS= SAMPLES= LIMIT= DATA= OUT= BACKEND=]
 	@$(BIN)/python -m open_r1_capo.evaluation $(EVAL_FLAGS)

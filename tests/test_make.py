@@ -94,3 +94,8 @@ def test_the_table_of_variables_is_what_the_rules_read():
         assert read - INNER <= takes, verb
         documented = set(re.findall(r"\b([A-Z_]{4,})=", head)) - {"NAME"}
         assert documented <= takes | {"NAME"}, verb
+
+
+def test_a_run_that_is_not_there_installs_nothing():
+    """`make eval` builds two environments: it looks first."""
+    assert dry("eval", "RUN=nowhere")[1].startswith("test -d 'nowhere'")

@@ -19,7 +19,7 @@ import sys
 
 from open_r1_capo.cluster.local import launch_on_gpus
 from open_r1_capo.runs.exit import run_cli
-from open_r1_capo.settings.recipes import known_recipes
+from open_r1_capo.settings.recipes import compose_recipe, known_recipes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(recipe: str, overrides: list[str]) -> int:
     """Train in this process, or in one a GPU that take its place; returns the exit code."""
+    compose_recipe(recipe, overrides)  # a mistyped word is answered before those seconds
     launch_on_gpus(recipe, overrides)
     from open_r1_capo.training.run import command  # seconds of imports that the launching process does not need
 

@@ -198,6 +198,7 @@ def on_gpus(folder, tmp_path, monkeypatch):
     script.write_text('#!/bin/sh\necho submitted\nprintf "%s\\n" "$@" >> said.$$\n')
     script.chmod(0o755)
     monkeypatch.setattr(sweep.shutil, "which", lambda name: None)
+    monkeypatch.setattr(sweep, "gpu_memory", lambda: [2**36])
     return ["one", "--scale", "qwen2.5-math-1.5b"]
 
 
@@ -217,6 +218,13 @@ def test_a_run_on_gpus_is_made_by_make(on_gpus, tmp_path, capsys):
     assert capsys.readouterr().err.count("failed: ") == 2
     assert sweep.main(["one", "--jobs", "0"]) == 2
     assert "at least 1, got 0" in capsys.readouterr().err
+
+
+def test_runs_on_gpus_are_not_begun_without_one(on_gpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "gpu_memory", list)
+    assert sweep.main(on_gpus) == 2
+    assert "qwen2.5-math-1.5b needs a GPU, and here is neither one nor sbatch" in capsys.readouterr().err
+    assert not (tmp_path / "said").exists()
 
 
 def test_runs_on_gpus_are_submitted_where_there_is_slurm(on_gpus, tmp_path, monkeypatch):

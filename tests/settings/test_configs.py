@@ -304,6 +304,8 @@ def test_unknown_recipe_lists_the_known():
         ConfigError, match="there is no recipe 'cap'; the recipes are capo_aggressive, capo_budget, capo_planned"
     ):
         compose_recipe("cap", [])
+    with pytest.raises(ConfigError, match="there is no recipe 'grpo_bugdet'; did you mean grpo_budget?"):
+        compose_recipe("grpo_bugdet", [])
 
 
 def test_coarse_granularity_needs_one_forward_pass():

@@ -111,6 +111,16 @@ def test_changed_logits_are_refused(model, trainer, kind, setting):
         trainer({"mode": "mask"}, model(kind))
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "cohere", "opt"])
+def test_a_budget_without_curvature_takes_every_head(model, trainer, kind):
+    """As the refusals say: with capo.mode=off, the KL is measured by TRL's own log-probabilities."""
+    one = trainer({"mode": "off"}, model(kind), budget={"rule": "target", "nats": 1e-2}, disable_dropout=True)
+    one.train()
+    kls = [row["budget/kl"] for row in one.state.log_history if "budget/kl" in row]
+    assert len(kls) == 3
+    assert all(5e-3 < kl < 1.5e-2 for kl in kls)
+
+
 @pytest.mark.parametrize("setting", ["logits_soft_cap", "output_logit_soft_cap"])
 def test_a_cap_that_trl_does_not_know_is_refused(model, trainer, setting):
     one = AutoModelForCausalLM.from_pretrained(model("qwen2"))

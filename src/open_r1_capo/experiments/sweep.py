@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from open_r1_capo.cluster.vllm import gpu_memory
 from open_r1_capo.experiments.spec import Arm, Experiment, ExperimentError, known_experiments, load
 from open_r1_capo.runs.exit import run_cli
 from open_r1_capo.runs.folder import RunFolder
@@ -64,7 +65,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def work(options: argparse.Namespace) -> int:
-    """Run what is missing, or list it; returns the exit code."""
+    """Run what is missing, or list it; returns the exit code.
+
+    Raises:
+        ExperimentError: no such experiment, or this machine can run none of it.
+    """
     if options.jobs is not None and options.jobs < 1:
         raise ExperimentError(f"--jobs is the number of runs side by side, at least 1, got {options.jobs}")
     experiment = load(options.name, options.scale, options.seeds)
@@ -78,6 +83,11 @@ def work(options: argparse.Namespace) -> int:
     slurm = None if options.slurm is None else shlex.split(options.slurm)
     if slurm is None and settings.get("needs_gpu") and shutil.which("sbatch") and not options.no_slurm:
         slurm = []
+    if slurm is None and settings.get("needs_gpu") and not settings.get("use_cpu") and not gpu_memory():
+        raise ExperimentError(
+            f"the scale {experiment.scale} needs a GPU, and here is neither one nor sbatch: "
+            f"`make experiment NAME={experiment.name} SCALE=lab` runs"
+        )
     if slurm is None and settings.get("use_cpu"):
         launch = partial(on_cpu, experiment, workers=options.jobs or cores())
     else:

@@ -43,7 +43,9 @@ def compose_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
             reads under the other settings.
     """
     if name not in known_recipes():
-        raise ConfigError(f"there is no recipe {name!r}; the recipes are {', '.join(known_recipes())}")
+        near = difflib.get_close_matches(name, known_recipes(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; the recipes are {', '.join(known_recipes())}"
+        raise ConfigError(f"there is no recipe {name!r}{hint}")
     overrides = [_spelt_out(item) for item in overrides]
     checked = [_checked_override(item) for item in overrides]
     try:
