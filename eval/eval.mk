@@ -9,6 +9,7 @@ TAKES_serve := MODEL HOST PORT TP DP
 TAKES_data-check := DATA TRAIN
 TAKES_eval-gold := DATA TASKS
 TAKES_mechanism := RECORDS RUN BOUNDS PROBLEMS SAMPLES OUT
+TAKES_theorem := INSTANCES SEED OUT
 EVAL_FLAGS = $(foreach name,$(TAKES_eval),$(if \
 	$($(name)),--$(subst _,-,$(shell echo $(name) | tr A-Z a-z)) '$($(name))'))
 

@@ -74,7 +74,7 @@ def test_missing_and_malformed_test_sets(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"no file .*gsm8k\.jsonl"):
         suite.records(BY_NAME["gsm8k"], tmp_path)
     (tmp_path / "gsm8k.jsonl").write_text('{"problem": "p", "answer": "1"}\n{"pro\n')
-    with pytest.raises(DataError, match=r"gsm8k\.jsonl, line 2"):
+    with pytest.raises(DataError, match=r"gsm8k\.jsonl: 1 of 2 lines cannot be used: line 2"):
         suite.records(BY_NAME["gsm8k"], tmp_path)
     (tmp_path / "aime24.jsonl").write_text('{"problem": "p", "answer": "none"}\n')
     with pytest.raises(DataError, match="aime24, row 0: ValueError"):

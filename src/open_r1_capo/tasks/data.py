@@ -133,7 +133,7 @@ def _parse_line(line: bytes) -> tuple[dict, str | None]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        return {}, f"is not a JSON object ({error.msg} at column {error.colno})"
+        return {}, f"is not a JSON object ({error.msg.removesuffix(' at')} at column {error.colno})"
     except ValueError as error:  # not UTF-8
         return {}, f"is not a JSON object ({error})"
     return (row, None) if isinstance(row, dict) else ({}, f"is not a JSON object (it is a {type(row).__name__})")
