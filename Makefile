@@ -14,6 +14,7 @@ STAMP := $(VENV)/.installed
 CUDA := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 comma := ,
 EXTRAS := $(if $(filter 0,$(CUDA)),dev,dev$(comma)gpu)
+GYM := $(shell sed -n 's/.*"\(reasoning-gym==[^"]*\)".*/\1/p' setup.py)
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
@@ -36,6 +37,8 @@ $(STAMP): setup.py src/open_r1_capo/capo/engines/native.c
 	  then index="--index-url $(CPU_WHEELS)"; fi; $(PIP) $(TORCH) $$index 2> $(VENV)/install.log \
 	  && $(PIP) -e '.[$(EXTRAS)]' 2>> $(VENV)/install.log \
 	  || { grep -v '^WARNING' $(VENV)/install.log | tail -n 5; echo "error: the installation failed (all of it: $(VENV)/install.log)"; exit 2; }
+# one of its packages is compiled: where that fails, the lab and data sets do without it
+	@$(PIP) '$(GYM)' 2>> $(VENV)/install.log || echo "note: $(GYM) could not be installed ($(VENV)/install.log): data.name=reasoning_gym/… is not available"
 	@touch $@
 
 train: $(STAMP) ## train RECIPE=capo_aggressive SCALE=lab SEED=0 ARGS="learning_rate=1e-4 …" [OVERWRITE=1]

@@ -29,6 +29,8 @@ EXTRAS = {
     # its pins (latex2sympy2_extended 1.0.6) clash with math-verify 0.9: `make eval` gives it its own environment
     # lighteval does not bound litellm, whose later releases fail on repeated requests (undeclared imports)
     "eval": ["lighteval[litellm]==0.13.0", "litellm>=1.80,<1.81", "xxhash<4"],
+    # problems with their own verifiers; its other packages are small and leave every pin above as it is
+    "gym": ["reasoning-gym==0.1.25"],
     "dev": [
         "pytest>=9,<10",
         "peft>=0.21,<1",  # the KL budget under LoRA

@@ -35,5 +35,5 @@ def test_format_and_tag_count(text, layout, tags):
 
 def test_names():
     assert get_reward_funcs(["format", "accuracy"]) == [format_reward, accuracy_reward]
-    with pytest.raises(ValueError, match=r"unknown reward accurracy; known: accuracy, format, tag_count"):
+    with pytest.raises(ValueError, match=r"unknown reward accurracy; known: accuracy, format, tag_count, score"):
         get_reward_funcs(["accurracy"])

@@ -106,7 +106,7 @@ def _unread(key: str, settings: dict[str, Any]) -> str | None:
             reason = reason or "loss_type=dr_grpo"
         if name == "measure_kl" and budget.get("rule", "none") != "none":
             reason = f"budget.rule={budget['rule']} (budget.share says what is measured)"
-    elif group == "data" and name not in ANY_SOURCE:
+    elif key.startswith("data.") and (name := key.split(".")[1]) not in ANY_SOURCE:
         source = problem_source(str(data.get("name")), data.get("path"))
         if name not in source.reads:
             reason = f"data.path={data['path']}" if data.get("path") else f"data.name={data.get('name')}"

@@ -26,7 +26,8 @@ GROUPS = ("method", "rule", "budget", "regime", "scale", "generation")  # folder
 class DataConfig:
     """Where the problems come from; see `ProblemSource.reads` for what a source reads."""
 
-    name: str | None = None  # `lab`, a named data set of `open_r1_capo.tasks.data`, or any hub data set
+    # `lab`, `reasoning_gym/<task>`, a named data set of `open_r1_capo.tasks.data`, or any hub data set
+    name: str | None = None
     path: str | None = None  # a local JSONL or Parquet file or folder, instead of the hub
     config: str | None = None  # of the hub data set
     split: str = "train"  # of the hub data set
@@ -35,11 +36,14 @@ class DataConfig:
     max_prompt_tokens: int | None = 512  # longer prompts are left out (Table 2: 512); null keeps all
     problems: int = 2000  # how many to draw, from a source that draws them
     variant: str = "base"  # their kind, such as one of the lab's eight, in training and in `evaluation.problems`
+    options: dict[str, Any] = field(default_factory=dict)  # the settings of a reasoning-gym task, such as max_terms
 
     def __post_init__(self):
         """Check ranges; raises ValueError."""
         at_least(1, problems=self.problems, max_prompt_tokens=self.max_prompt_tokens)
-        problem_source(self.name, self.path).check(self)
+        if not isinstance(self.options, dict):
+            raise ValueError(f"options is a group of settings: write data.options.<name>=, got {self.options!r}")
+        problem_source(self.name).check(self)
 
 
 @dataclass
@@ -89,12 +93,16 @@ class RunConfig:
         if self.token_records not in ("notable", "all", "none"):
             raise ValueError(f"token_records must be one of notable, all, none, got {self.token_records!r}")
         at_least(1, completions_per_step=self.completions_per_step, num_threads=self.num_threads)
+        source = problem_source(self.data.name)  # of the evaluation, also where data.path is trained on
         for name in ("problems", "suite"):
-            if getattr(self.evaluation, name) and not problem_source(self.data.name).measured:
+            if getattr(self.evaluation, name) and name not in source.measures:
+                what = "held-out problems" if name == "problems" else "named test sets"
                 raise ValueError(
-                    f"evaluation.{name} needs held-out problems, which data.name={self.data.name} does not have: set "
-                    "it to 0 and use make eval"
+                    f"evaluation.{name} needs {what}, which data.name={self.data.name} does not have: set it to 0 and "
+                    "use make eval"
                 )
+        if "score" in self.reward_funcs and not problem_source(self.data.name, self.data.path).scores:
+            raise ValueError("reward_funcs=[score] needs problems of data.name=reasoning_gym/<task>: use accuracy")
         if "/" in self.variant:
             raise ValueError(f"variant is a part of a folder's name and has no '/', got {self.variant!r}")
         if self.budget.on and self.capo.step.acts:
