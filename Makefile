@@ -19,7 +19,7 @@ TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
-.PHONY: help install train experiment eval test test-slurm test-faults quality style figures plan report compare
+.PHONY: help install train sft experiment eval test test-slurm test-faults quality style figures plan report compare
 
 help: ## this list
 	@echo "open-r1-capo — make <verb> [NAME=value …]"
@@ -43,6 +43,9 @@ $(STAMP): setup.py src/open_r1_capo/capo/engines/native.c
 
 train: $(STAMP) ## train RECIPE=capo_aggressive SCALE=lab SEED=0 ARGS="learning_rate=1e-4 …" [OVERWRITE=1]
 	@$(BIN)/python -m open_r1_capo.grpo --config-name $(RECIPE) scale=$(SCALE) seed=$(SEED) $(if $(OVERWRITE),overwrite=true) $(ARGS)
+
+sft: $(STAMP) ## a cold start: worked solutions of NAME=gsm_symbolic taught to MODEL=<folder or hub id> [ARGS="data.path=my.jsonl …"]
+	@$(BIN)/python -m open_r1_capo.sft --config-name $(or $(NAME),gsm_symbolic) $(if $(MODEL),model_name_or_path=$(MODEL)) $(if $(OVERWRITE),overwrite=true) $(ARGS)
 
 experiment: $(STAMP) ## NAME=fig2 SCALE=lab [SEEDS=5 ARGS=--dry-run]: the missing runs of a figure, side by side or by Slurm
 	@$(BIN)/python -m open_r1_capo.experiments.sweep $(NAME) --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)

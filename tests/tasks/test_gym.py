@@ -9,9 +9,9 @@ import pytest
 from open_r1_capo.settings.recipes import compose_recipe
 from open_r1_capo.settings.run import read
 from open_r1_capo.settings.values import ConfigError
-from open_r1_capo.tasks.data import DataError
+from open_r1_capo.tasks.data import DataError, stated_answer
 from open_r1_capo.tasks.gym import problems as gym
-from open_r1_capo.tasks.gym.scores import GymVerifier, stated_answer
+from open_r1_capo.tasks.gym.scores import GymVerifier
 from open_r1_capo.tasks.rewards import accuracy_reward, score_reward
 
 SUMS = {"max_terms": 2, "max_digits": 2}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from open_r1_capo.settings.capo import unread
 from open_r1_capo.settings.run import GROUPS, SETTINGS
-from open_r1_capo.settings.values import GROUP, ConfigError
+from open_r1_capo.settings.values import GROUP, ConfigError, Kinds
 from open_r1_capo.tasks.source import problem_source
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
@@ -37,14 +37,7 @@ def compose_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
     """
     if name not in known_recipes():
         raise ConfigError(f"there is no recipe {name!r}; the recipes are {', '.join(known_recipes())}")
-    checked = [_checked_override(item) for item in overrides]
-    try:
-        with initialize_config_dir(config_dir=str(RECIPES), version_base="1.3"):
-            settings = OmegaConf.to_container(compose(name, [*checked, f"++recipe={name}"]), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"the recipe {name} cannot be composed: {' '.join(str(error).split())}") from None
-    settings = {key: value for key, value in settings.items() if key not in TABLES}
-    _check_keys(settings)
+    settings = composed(name, overrides, SETTINGS) | {"recipe": name}
     for item in overrides:
         key = _key(item)
         if reason := _unread(key, settings):
@@ -52,11 +45,24 @@ def compose_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
     return settings
 
 
+def composed(file: str, overrides: list[str], known: Mapping[str, Kinds]) -> dict[str, Any]:
+    """Compose a file of `recipes/`, whose settings must all be `known`, as must the overrides'; raises ConfigError."""
+    checked = [_checked_override(item, known) for item in overrides]
+    try:
+        with initialize_config_dir(config_dir=str(RECIPES), version_base="1.3"):
+            settings = OmegaConf.to_container(compose(file, checked), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"the recipe {file} cannot be composed: {' '.join(str(error).split())}") from None
+    settings = {key: value for key, value in settings.items() if key not in (*TABLES, "hydra")}
+    _check_keys(settings, known)
+    return settings
+
+
 def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+")
 
 
-def _checked_override(item: str) -> str:
+def _checked_override(item: str, settings: Mapping[str, Kinds]) -> str:
     key, value = _key(item), item.partition("=")[2]
     if "=" not in item:
         raise ConfigError(f"an override is written key=value, got {item!r}")
@@ -70,27 +76,27 @@ def _checked_override(item: str) -> str:
     nested: Any = None
     for part in reversed(key.split(".")):
         nested = {part: nested}
-    _check_keys(nested)
+    _check_keys(nested, settings)
     return "++" + item.lstrip("+")
 
 
-def _names(settings: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _names(settings: dict[str, Any], known: Mapping[str, Kinds], prefix: str = "") -> Iterator[str]:
     """Full names of all settings, such as `capo.mode`."""
     for key, value in settings.items():
         name = prefix + key
-        if isinstance(value, dict) and SETTINGS.get(name) == GROUP:
-            yield from _names(value, f"{name}.")
+        if isinstance(value, dict) and known.get(name) == GROUP:
+            yield from _names(value, known, f"{name}.")
         else:
             yield name
 
 
-def _check_keys(settings: dict[str, Any]) -> None:
-    for name in _names(settings):
+def _check_keys(settings: dict[str, Any], known: Mapping[str, Kinds]) -> None:
+    for name in _names(settings, known):
         if name == "output_dir":
             raise ConfigError("output_dir follows from the recipe's name and seed: set output_root instead")
-        if name not in SETTINGS:
-            near = difflib.get_close_matches(name, sorted(SETTINGS), n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else "; it is neither a field of TRL's GRPOConfig nor ours"
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else "; it is neither a field of TRL's configuration nor ours"
             raise ConfigError(f"there is no setting {name!r}{hint}")
 
 

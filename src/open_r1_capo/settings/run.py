@@ -19,7 +19,7 @@ from open_r1_capo.settings.values import ConfigError, Kinds, at_least, convert, 
 from open_r1_capo.tasks.lab.settings import LabSettings
 from open_r1_capo.tasks.source import POLICIES, policy_source, problem_source
 
-GROUPS = ("method", "rule", "budget", "regime", "scale", "generation")  # folders of recipes/
+GROUPS = ("method", "rule", "budget", "regime", "scale", "task", "generation")  # folders of recipes/
 
 
 @dataclass

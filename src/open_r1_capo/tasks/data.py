@@ -38,6 +38,7 @@ MATH, MATH_500 = "DigitalLearningGmbH/MATH-lighteval", "HuggingFaceH4/MATH-500"
 MATH_SETS = {"math_train_7500": 7500, "math_train_12000": 12000}
 PROBLEM_COLUMNS = ("problem", "question", "Problem", "Question", "input")
 ANSWER_COLUMNS = ("answer", "Answer", "final_answer", "solution", "expected_answer", "output")
+SOLUTION_COLUMNS = ("solution", "completion", "response")  # worked ones
 KEPT_COLUMNS = ("id", "level", "subject", "type", "split")
 TEST_SHARE = 5  # one problem in five is held out, of sources that have no test set
 
@@ -70,7 +71,7 @@ def to_prompts(dataset: Dataset, system_prompt: str | None) -> Dataset:
     return dataset.map(add, load_from_cache_file=False)
 
 
-# --- gold answers ----------------------------------------------------------------------------------------------------
+# --- answers ---------------------------------------------------------------------------------------------------------
 
 
 def boxed(answer: str) -> str:
@@ -99,6 +100,23 @@ def gold_answer(value: object) -> str:
     if "\\boxed" in text or "\\fbox" in text:
         return last_boxed(text) or ""
     return text.rpartition("####")[2].strip()
+
+
+def stated_answer(text: str) -> str:
+    r"""The answer that a completion states, without the white space and asterisks around it.
+
+    The last `<answer>…</answer>`; else the last `\boxed{…}`; else the rest of the line after the last `Answer:`; else
+    the whole text.
+    """
+    if tags := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL):
+        answer = tags[-1]
+    elif (box := last_boxed(text)) is not None:
+        answer = box
+    elif lines := re.findall(r"\banswer:(.*)", text, re.IGNORECASE):
+        answer = lines[-1]
+    else:
+        answer = text
+    return answer.strip().strip("*").strip()
 
 
 # --- held-out problems -----------------------------------------------------------------------------------------------
@@ -230,6 +248,21 @@ def _column(wanted: str | None, candidates: Iterable[str], rows: list[dict], sou
     raise DataError(f"{source} has no column {' or '.join(names)}; its columns are {', '.join(map(str, rows[0]))}")
 
 
+def _rows(name: str | None, path: str | Path | None, config: str | None, split: str) -> tuple[str, list[dict]]:
+    """The source, for messages, and all its rows; raises DataError if there is none."""
+    if not name and not path:
+        raise DataError("no data set: give data.name=<name> or data.path=<file or folder>")
+    local = Path(path) if path else None
+    if name in MATH_SETS:
+        rows = _math_rows(name, local)
+    else:
+        rows = _file_rows(local, split, (split,)) if local else hub_rows(name, config, split)
+    source = str(path or name)
+    if not rows:
+        raise DataError(f"{source} holds no problem")
+    return source, rows
+
+
 def load_problems(
     name: str | None = None,
     path: str | Path | None = None,
@@ -254,15 +287,7 @@ def load_problems(
     """
     from datasets import Dataset
 
-    if not name and not path:
-        raise DataError("no data set: give data.name=<name> or data.path=<file or folder>")
-    source, local = str(path or name), Path(path) if path else None
-    if name in MATH_SETS:
-        rows = _math_rows(name, local)
-    else:
-        rows = _file_rows(local, split, (split,)) if local else hub_rows(name, config, split)
-    if not rows:
-        raise DataError(f"{source} holds no problem")
+    source, rows = _rows(name, path, config, split)
     problem = _column(problem_column, PROBLEM_COLUMNS, rows, source)
     answer = _column(answer_column, ANSWER_COLUMNS, rows, source)
     kept = [column for column in KEPT_COLUMNS if column in rows[0]]
@@ -276,3 +301,31 @@ def load_problems(
     if not any(row["answer"] for row in table):
         raise DataError(f"{source}: no answer found in column {answer} (answers, or solutions with \\boxed{{…}})")
     return Dataset.from_list(table)
+
+
+def load_solutions(
+    name: str | None = None,
+    path: str | Path | None = None,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    problem_column: str | None = None,
+    answer_column: str | None = None,
+) -> list[dict[str, str]]:
+    """Load problems with worked solutions: `problem`, `solution` as it is, and the `answer` in it; arguments as above.
+
+    Raises:
+        DataError: If the data set is missing, malformed or empty, or a cell is not text.
+    """
+    source, rows = _rows(name, path, config, split)
+    problem = _column(problem_column, (*PROBLEM_COLUMNS, "prompt"), rows, source)
+    solution = _column(answer_column, (*SOLUTION_COLUMNS, *ANSWER_COLUMNS), rows, source)
+    table = []
+    for number, row in enumerate(rows, start=1):
+        for column in (problem, solution):
+            if not isinstance(row.get(column), str) or not row[column].strip():
+                raise DataError(f"{source}, row {number}: column {column} is empty, or not text")
+        text = row[solution]
+        answer = gold_answer(text) if "####" in text else stated_answer(text)
+        table.append({"problem": row[problem], "solution": text, "answer": answer})
+    return table

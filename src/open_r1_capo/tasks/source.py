@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from open_r1_capo.tasks.data import DataError, load_solutions, split_of
 from open_r1_capo.tasks.gym import problems as gym
 from open_r1_capo.tasks.lab.task import VARIANTS, problems
 
@@ -61,6 +62,17 @@ class ProblemSource(ABC):
     def held_out(self, data: Any, count: int) -> list[Problem]:
         """`count` held-out problems of the kind that is trained on, where `measures` has `problems`."""
         return []
+
+    def worked(self, data: Any, seed: int, count: int) -> tuple[list[Problem], list[Problem]]:
+        """Train problems with a worked `solution` (the assistant's message), and up to `count` held-out problems.
+
+        Raises:
+            DataError: There are no worked solutions.
+        """
+        raise DataError(
+            f"data.name={data.name} has no worked solutions: use {gym.PREFIX}gsm_symbolic, or data.path=<JSONL file "
+            "with problems and solutions>"
+        )
 
     def suite(self, count: int, seed: int = 0) -> dict[str, list[Problem]]:
         """Held-out test sets by name, `count` problems each, whose mean accuracy is TEST; as above, `suite`."""
@@ -128,6 +140,20 @@ class DatasetProblems(ProblemSource):
         columns = {"problem_column": data.problem_column, "answer_column": data.answer_column}
         return load_problems(data.name, data.path, config=data.config, split=data.split, **columns)
 
+    def worked(self, data: Any, seed: int, count: int) -> tuple[list[Problem], list[Problem]]:
+        """Its answers as they are, worked solutions; one problem in five is held out, by its text."""
+        rows = load_solutions(
+            data.name,
+            data.path,
+            config=data.config,
+            split=data.split,
+            problem_column=data.problem_column,
+            answer_column=data.answer_column,
+        )
+        train = [row for row in rows if split_of(row["problem"]) == "train"]
+        test = [row for row in rows if split_of(row["problem"]) == "test"]
+        return train, [{"problem": row["problem"], "answer": row["answer"]} for row in test[:count]]
+
 
 class LabProblems(ProblemSource):
     """The lab's sums, drawn from a seed; training and test never share a multiset of terms."""
@@ -176,6 +202,10 @@ class GymProblems(ProblemSource):
     def held_out(self, data: Any, count: int) -> list[Problem]:
         """Test problems of the same options, each once."""
         return gym.draw(self._task(data), data.options, "test", count)
+
+    def worked(self, data: Any, seed: int, count: int) -> tuple[list[Problem], list[Problem]]:
+        """`data.problems` worked solutions, where the task has them."""
+        return gym.worked(self._task(data), data.options, data.problems, seed), self.held_out(data, count)
 
     def _task(self, data: Any) -> str:
         return data.name.partition("/")[2]

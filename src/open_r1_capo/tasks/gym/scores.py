@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from open_r1_capo.tasks.data import last_boxed
+from open_r1_capo.tasks.data import stated_answer
 from open_r1_capo.tasks.gym.problems import find
 from open_r1_capo.tasks.verifier import Verifier, serve
 
@@ -24,25 +24,11 @@ NUMBER = re.compile(r"(?:(?<![\w)])-)?\d+(?:,\d{3})*(?:\.\d+)?")  # the 3 of 5-3
 OUTSIDE = ("os.", "subprocess.", "shutil.", "socket.", "ctypes.", "pty.", "mmap.")
 
 
-def stated_answer(text: str) -> str:
-    r"""The answer that a completion states, without the white space and asterisks around it.
-
-    The last `<answer>…</answer>`; else the last `\boxed{…}`; else the rest of the line after the last `Answer:`; else
-    the whole text. Where the right answer is a number, `_judge` takes the last number in that.
-    """
-    if tags := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL):
-        answer = tags[-1]
-    elif (box := last_boxed(text)) is not None:
-        answer = box
-    elif lines := re.findall(r"\banswer:(.*)", text, re.IGNORECASE):
-        answer = lines[-1]
-    else:
-        answer = text
-    return answer.strip().strip("*").strip()
-
-
 class GymVerifier(Verifier):
-    """A pool of workers that score (entry, completion) pairs: `verify` gives numbers from 0 to 1."""
+    """A pool of workers that score (entry, completion) pairs: `verify` gives numbers from 0 to 1.
+
+    Scored is the answer that the completion states; of that, where the right answer is a number, the last number.
+    """
 
     program = ("-m", "open_r1_capo.tasks.gym.scores")
 
