@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from open_r1_capo.settings.recipes import compose_recipe
+from open_r1_capo.settings.recipes import RECIPES, compose_recipe
 from open_r1_capo.settings.run import read
 from open_r1_capo.settings.values import ConfigError
 from open_r1_capo.tasks.data import DataError, stated_answer
 from open_r1_capo.tasks.gym import problems as gym
 from open_r1_capo.tasks.gym.scores import GymVerifier
 from open_r1_capo.tasks.rewards import accuracy_reward, score_reward
+from open_r1_capo.tasks.source import problem_source
 
+TASKS = sorted(path.stem for path in (RECIPES / "task").glob("*.yaml") if "reasoning_gym" in path.read_text())
 SUMS = {"max_terms": 2, "max_digits": 2}
 
 
@@ -87,6 +89,13 @@ def test_worked_solutions_end_in_the_right_answer(installed):
 def test_a_recipe_names_a_task_and_its_options(installed):
     run = composed("data.name=reasoning_gym/chain_sum", "data.options.max_terms=2", "reward_funcs=[score]")
     assert run.data.options == {"max_terms": 2}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_tasks_of_recipes_have_their_held_out_problems(installed, name):
+    run = composed(f"task={name}")
+    wanted = run.evaluation.problems
+    assert len(problem_source(run.data.name).held_out(run.data, wanted)) == wanted > 0
 
 
 @pytest.mark.parametrize(
