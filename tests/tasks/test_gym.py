@@ -113,6 +113,7 @@ def test_the_tasks_of_recipes_have_their_held_out_problems(installed, name):
         (["data.name=reasoning_gym/gsm_symbolic", "data.options.difficulty=2"], "refuses .*out of range"),
         (["data.variant=story"], "data.variant has no effect with data.name=reasoning_gym/chain_sum"),
         (["data.name=lab", "data.options.max_terms=2"], "data.options.max_terms has no effect with data.name=lab"),
+        (["data.name=reasoning_gym/chain_sm", "data.path=mine.jsonl"], "data.name=.* did you mean chain_sum?"),
         (["evaluation.suite=3"], "evaluation.suite needs named test sets"),
         (
             ["data.name=lab", "reward_funcs=[score]"],

@@ -90,8 +90,8 @@ def test_the_key_covers_the_policy_and_the_solutions(tiny_policy, tmp_path):
     assert training_sft.result_key(settings, str(copy), rows) != key
 
 
-def test_only_the_solution_carries_loss(tiny_policy, tiny_tokenizer, tmp_path):
-    settings = compose_sft("gsm_symbolic", [f"model_name_or_path={tiny_policy}", *FAST, "system_prompt=''"])
+def test_only_the_solution_carries_loss(tiny_policy, tiny_tokenizer, solutions, tmp_path):
+    settings = compose_sft("gsm_symbolic", [f"model_name_or_path={tiny_policy}", f"data.path={solutions}", *FAST])
     config, values = training_sft.read_sft(settings)
     row = {"problem": "What is 3+5?", "solution": "3+5=8, \\boxed{8}"}
     trainer = training_sft.build(config, values, str(tiny_policy), tiny_tokenizer, [row], tmp_path)

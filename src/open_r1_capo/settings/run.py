@@ -43,7 +43,7 @@ class DataConfig:
         at_least(1, problems=self.problems, max_prompt_tokens=self.max_prompt_tokens)
         if not isinstance(self.options, dict):
             raise ValueError(f"options is a group of settings: write data.options.<name>=, got {self.options!r}")
-        problem_source(self.name).check(self)
+        problem_source(self.name, self.path).check(self)
 
 
 @dataclass
@@ -101,6 +101,11 @@ class RunConfig:
                     f"evaluation.{name} needs {what}, which data.name={self.data.name} does not have: set it to 0 and "
                     "use make eval"
                 )
+        if self.evaluation.problems and self.data.path:
+            try:
+                source.check(self.data)
+            except ValueError as error:
+                raise ValueError(f"data.{error}") from None
         if "score" in self.reward_funcs and not problem_source(self.data.name, self.data.path).scores:
             raise ValueError("reward_funcs=[score] needs problems of data.name=reasoning_gym/<task>: use accuracy")
         if "/" in self.variant:
