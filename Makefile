@@ -17,11 +17,12 @@ space := $(subst ,, )
 YES := 1 true yes
 NO := 0 false no
 EXTRAS := $(if $(filter 0,$(CUDA)),dev,dev$(comma)gpu)
+GYM := $(shell sed -n 's/.*"\(reasoning-gym==[^"]*\)".*/\1/p' setup.py)
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
-.PHONY: help install train experiment eval test test-slurm test-faults quality style figures plan report compare
+.PHONY: help install train sft experiment eval test test-slurm test-faults quality style figures plan report compare
 
 # what each verb reads; whatever else stands on the command line is refused below, as make would drop it without a word
 TAKES_train := RECIPE SCALE SEED ARGS OVERWRITE
@@ -50,10 +51,15 @@ $(STAMP): setup.py src/open_r1_capo/capo/engines/native.c
 	  then index="--index-url $(CPU_WHEELS)"; fi; $(PIP) $(TORCH) $$index 2> $(VENV)/install.log \
 	  && $(PIP) -e '.[$(EXTRAS)]' 2>> $(VENV)/install.log \
 	  || { grep -v '^WARNING' $(VENV)/install.log | tail -n 5; echo "error: the installation failed (all of it: $(VENV)/install.log)"; exit 2; }
+# one of its packages is compiled: where that fails, the lab and data sets do without it
+	@$(PIP) '$(GYM)' 2>> $(VENV)/install.log || echo "note: $(GYM) could not be installed ($(VENV)/install.log): data.name=reasoning_gym/… is not available"
 	@touch $@
 
 train: $(STAMP) ## train RECIPE=capo_aggressive SCALE=lab SEED=0 ARGS="learning_rate=1e-4 …" [OVERWRITE=1]
 	@$(BIN)/python -m open_r1_capo.grpo --config-name $(RECIPE) scale=$(SCALE) seed=$(SEED) $(if $(filter $(YES),$(OVERWRITE)),overwrite=true) $(ARGS)
+
+sft: $(STAMP) ## a cold start: worked solutions of NAME=gsm_symbolic taught to MODEL=<folder or hub id> [ARGS="data.path=my.jsonl …"]
+	@$(BIN)/python -m open_r1_capo.sft --config-name $(or $(NAME),gsm_symbolic) $(if $(MODEL),model_name_or_path=$(MODEL)) $(if $(OVERWRITE),overwrite=true) $(ARGS)
 
 experiment: $(STAMP) ## NAME=fig2 SCALE=lab [SEEDS=5 ARGS=--dry-run]: the missing runs of a figure, side by side or by Slurm
 	@$(BIN)/python -m open_r1_capo.experiments.sweep $(NAME) --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)

@@ -35,6 +35,8 @@ EXTRAS = {
     # lighteval does not bound litellm, whose later releases fail on repeated requests (undeclared imports)
     "eval": ["lighteval[litellm]==0.13.0", "litellm>=1.80,<1.81", "xxhash<4"],
     "lora": ["peft>=0.21,<1"],
+    # problems with their own verifiers; its other packages are small and leave every pin above as it is
+    "gym": ["reasoning-gym==0.1.25"],
     "dev": [
         "pytest>=9,<10",
         "peft>=0.21,<1",  # the KL budget under LoRA
@@ -54,11 +56,11 @@ NATIVE = Extension(
 )
 
 
-
 class BuildWithRecipes(build_py):
     """Put the recipes into the package, where an installation without the repository finds them."""
 
     def run(self):
+        """Build, and copy the recipes."""
         super().run()
         if not self.editable_mode:
             shutil.copytree("recipes", Path(self.build_lib) / "open_r1_capo" / "recipes", dirs_exist_ok=True)

@@ -29,7 +29,7 @@ serve: $(STAMP) .venv-vllm/.tried ## serve MODEL=lab|<folder>|<hub id> with vLLM
 data-check: $(STAMP) ## list training problems that are also in a test set [DATA=<folder> TRAIN=math_train_12000]
 	@$(BIN)/python -m open_r1_capo.evaluation.data_check $(if $(DATA),--data '$(DATA)') $(if $(TRAIN),--train '$(TRAIN)')
 
-eval-gold: $(STAMP) ## check the scoring against the gold answers of DATA=<folder> [TASKS="gsm8k …"]
+eval-gold: $(STAMP) # check the scoring against the gold answers of DATA=<folder> [TASKS="gsm8k …"]
 	@$(if $(DATA),,echo "eval-gold: give DATA=<folder of the test sets>" >&2; exit 2;) $(BIN)/python -m open_r1_capo.evaluation.gold_check '$(DATA)' $(TASKS)
 
 mechanism: $(STAMP) ## what masking does: RECORDS="<run> …" of token_records=all, RUN=<run with checkpoints> [BOUNDS="δ_F δ_H" PROBLEMS= SAMPLES= OUT=]; theorem: the paper's inequalities on small problems [INSTANCES= SEED= OUT=]

@@ -30,6 +30,7 @@ ALLOWED = {
     "evaluation": {"runs", "tasks", "settings", "cluster"},
     "experiments": {"runs", "capo", "tasks", "settings", "cluster", "training"},
     "grpo": {"runs", "settings", "training", "cluster"},
+    "sft": {"settings", "training"},
 }
 LIGHT = ("runs", "report", "settings", "cluster")  # rooms without torch, trl and transformers
 HEAVY = ("torch", "trl", "transformers")
@@ -106,9 +107,10 @@ def test_light_rooms_start_without_torch(room):
     assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == []
 
 
-def test_nobody_imports_the_command_line():
+def test_nobody_imports_the_command_lines():
     for path in [*HOME.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
-        assert f"{PACKAGE}.grpo" not in set(imports(path)) | {n.rpartition(".")[0] for n in imports(path)}, path
+        imported = set(imports(path)) | {n.rpartition(".")[0] for n in imports(path)}
+        assert not imported & {f"{PACKAGE}.grpo", f"{PACKAGE}.sft"}, path
 
 
 def test_generation_on_cpus_is_a_leaf():

@@ -85,7 +85,7 @@ def test_the_papers_settings(recipe, size):
         ("learning_rte=1", "no setting 'learning_rte'; did you mean learning_rate?"),
         ("capo.max_polcy_shift=1", "did you mean capo.max_policy_shift?"),
         ("data.pth=x", "did you mean data.path?"),
-        ("xxyyzz=1", "neither a field of TRL's GRPOConfig nor ours"),
+        ("xxyyzz=1", "neither a field of TRL's configuration nor ours"),
         ("scale=huge", "no scale 'huge'; there are lab, lab_heavy, .*, own, qwen2.5-math-1.5b, qwen2.5-math-7b"),
         ("capo.max_policy_shift=0", "max_policy_shift must be greater than 0"),
         ("capo.max_policy_shift=-1e-4", "max_policy_shift must be greater than 0"),

@@ -35,7 +35,6 @@ def test_format_and_tag_count(text, layout, tags):
 
 def test_names():
     assert get_reward_funcs(["format", "accuracy"]) == [format_reward, accuracy_reward]
-    with pytest.raises(
-        ValueError, match=r"unknown reward accurracy; known: accuracy, format, tag_count, or <python file>:<function>"
-    ):
+    known = "accuracy, format, tag_count, score, or <python file>:<function>"
+    with pytest.raises(ValueError, match=f"unknown reward accurracy; known: {known}"):
         get_reward_funcs(["accurracy"])

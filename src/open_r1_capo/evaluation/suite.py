@@ -86,7 +86,7 @@ def drawn(source: str) -> tuple[Benchmark, ...]:
     )
 
 
-SUITES = {"open": OPEN} | {name: drawn(name) for name, source in PROBLEMS.items() if source.measured}
+SUITES = {"open": OPEN} | {name: drawn(name) for name, source in PROBLEMS.items() if "suite" in source.measures}
 
 
 def select(names: str | None, default: str = "open") -> tuple[Benchmark, ...]:

@@ -140,7 +140,7 @@ class Counterfactual:
         config, args = build(self.settings)
         data = replace(config.data, problems=problems)
         source = problem_source(data.name, data.path)
-        if not source.measured or config.capo.mode != "observe":
+        if "problems" not in source.measures or config.capo.mode != "observe":
             raise ConfigError(f"{folder} has no held-out problems or no capo.mode=observe, such as grpo_aggressive")
         self.problems = source.training(data, args.seed).to_list()
         self.model: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from open_r1_capo.settings.capo import unread
 from open_r1_capo.settings.run import GROUPS, SETTINGS
-from open_r1_capo.settings.values import GROUP, ConfigError
+from open_r1_capo.settings.values import GROUP, ConfigError, Kinds
 from open_r1_capo.tasks.source import problem_source
 
 INSTALLED = Path(__file__).resolve().parents[1] / "recipes"  # by pip, without the repository
@@ -47,10 +47,21 @@ def compose_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
         hint = f"; did you mean {near[0]}?" if near else f"; the recipes are {', '.join(known_recipes())}"
         raise ConfigError(f"there is no recipe {name!r}{hint}")
     overrides = [_spelt_out(item) for item in overrides]
-    checked = [_checked_override(item) for item in overrides]
+    settings = composed(name, overrides, SETTINGS) | {"recipe": name}
+    _own_file(settings, {_key(item) for item in overrides})
+    for item in overrides:
+        key = _key(item)
+        if reason := _unread(key, settings):
+            raise ConfigError(f"{key} has no effect with {reason}; change that, or leave {key} out")
+    return settings
+
+
+def composed(file: str, overrides: list[str], known: Mapping[str, Kinds]) -> dict[str, Any]:
+    """Compose a file of `recipes/`, whose settings must all be `known`, as must the overrides'; raises ConfigError."""
+    checked = [_checked_override(item, known) for item in overrides]
     try:
         with initialize_config_dir(config_dir=str(RECIPES), version_base="1.3"):
-            settings = OmegaConf.to_container(compose(name, [*checked, f"++recipe={name}"]), resolve=True)
+            settings = OmegaConf.to_container(compose(file, checked), resolve=True)
     except OverrideParseException as error:
         key, _, value = error.override.lstrip("+").partition("=")
         raise ConfigError(
@@ -58,14 +69,9 @@ def compose_recipe(name: str, overrides: list[str]) -> dict[str, Any]:
             f"quotes: {key}={_quoted(value)}"
         ) from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"the recipe {name} cannot be composed: {' '.join(str(error).split())}") from None
-    settings = {key: value for key, value in settings.items() if key not in TABLES}
-    _check_keys(settings)
-    _own_file(settings, {_key(item) for item in overrides})
-    for item in overrides:
-        key = _key(item)
-        if reason := _unread(key, settings):
-            raise ConfigError(f"{key} has no effect with {reason}; change that, or leave {key} out")
+        raise ConfigError(f"the recipe {file} cannot be composed: {' '.join(str(error).split())}") from None
+    settings = {key: value for key, value in settings.items() if key not in (*TABLES, "hydra")}
+    _check_keys(settings, known)
     return settings
 
 
@@ -100,7 +106,7 @@ def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+")
 
 
-def _checked_override(item: str) -> str:
+def _checked_override(item: str, settings: Mapping[str, Kinds]) -> str:
     key, value = _key(item), item.partition("=")[2]
     if "=" not in item:
         raise ConfigError(f"an override is written key=value, got {item!r}")
@@ -114,27 +120,27 @@ def _checked_override(item: str) -> str:
     nested: Any = None
     for part in reversed(key.split(".")):
         nested = {part: nested}
-    _check_keys(nested)
+    _check_keys(nested, settings)
     return "++" + item.lstrip("+")
 
 
-def _names(settings: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _names(settings: dict[str, Any], known: Mapping[str, Kinds], prefix: str = "") -> Iterator[str]:
     """Full names of all settings, such as `capo.mode`."""
     for key, value in settings.items():
         name = prefix + key
-        if isinstance(value, dict) and SETTINGS.get(name) == GROUP:
-            yield from _names(value, f"{name}.")
+        if isinstance(value, dict) and known.get(name) == GROUP:
+            yield from _names(value, known, f"{name}.")
         else:
             yield name
 
 
-def _check_keys(settings: dict[str, Any]) -> None:
-    for name in _names(settings):
+def _check_keys(settings: dict[str, Any], known: Mapping[str, Kinds]) -> None:
+    for name in _names(settings, known):
         if name == "output_dir":
             raise ConfigError("output_dir follows from the recipe's name and seed: set output_root instead")
-        if name not in SETTINGS:
-            near = [ALIASES[name]] if name in ALIASES else difflib.get_close_matches(name, sorted(SETTINGS), 1, 0.5)
-            hint = f"; did you mean {near[0]}?" if near else "; it is neither a field of TRL's GRPOConfig nor ours"
+        if name not in known:
+            near = [ALIASES[name]] if name in ALIASES else difflib.get_close_matches(name, sorted(known), 1, 0.5)
+            hint = f"; did you mean {near[0]}?" if near else "; it is neither a field of TRL's configuration nor ours"
             raise ConfigError(f"there is no setting {name!r}{hint}")
 
 
@@ -150,7 +156,7 @@ def _unread(key: str, settings: dict[str, Any]) -> str | None:
             reason = reason or "loss_type=dr_grpo"
         if name == "measure_kl" and budget.get("rule", "none") != "none":
             reason = f"budget.rule={budget['rule']} (budget.share says what is measured)"
-    elif group == "data" and name not in ANY_SOURCE:
+    elif key.startswith("data.") and (name := key.split(".")[1]) not in ANY_SOURCE:
         source = problem_source(str(data.get("name")), data.get("path"))
         if name not in source.reads:
             reason = f"data.path={data['path']}" if data.get("path") else f"data.name={data.get('name')}"

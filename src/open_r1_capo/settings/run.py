@@ -19,14 +19,15 @@ from open_r1_capo.settings.values import ConfigError, Kinds, at_least, convert, 
 from open_r1_capo.tasks.lab.settings import LabSettings
 from open_r1_capo.tasks.source import POLICIES, policy_source, problem_source
 
-GROUPS = ("method", "rule", "budget", "regime", "scale", "generation")  # folders of recipes/
+GROUPS = ("method", "rule", "budget", "regime", "scale", "task", "generation")  # folders of recipes/
 
 
 @dataclass
 class DataConfig:
     """Where the problems come from; see `ProblemSource.reads` for what a source reads."""
 
-    name: str | None = None  # `lab`, a named data set of `open_r1_capo.tasks.data`, or any hub data set
+    # `lab`, `reasoning_gym/<task>`, a named data set of `open_r1_capo.tasks.data`, or any hub data set
+    name: str | None = None
     path: str | None = None  # a local JSONL or Parquet file or folder, instead of the hub
     config: str | None = None  # of the hub data set
     split: str = "train"  # of the hub data set
@@ -35,10 +36,13 @@ class DataConfig:
     max_prompt_tokens: int | None = 512  # longer prompts are left out (Table 2: 512); null keeps all
     problems: int = 2000  # how many to draw, from a source that draws them
     variant: str = "base"  # their kind, such as one of the lab's eight, in training and in `evaluation.problems`
+    options: dict[str, Any] = field(default_factory=dict)  # the settings of a reasoning-gym task, such as max_terms
 
     def __post_init__(self):
         """Check ranges; raises ValueError."""
         at_least(1, problems=self.problems, max_prompt_tokens=self.max_prompt_tokens)
+        if not isinstance(self.options, dict):
+            raise ValueError(f"options is a group of settings: write data.options.<name>=, got {self.options!r}")
         problem_source(self.name, self.path).check(self)
 
 
@@ -102,12 +106,21 @@ class RunConfig:
         at_least(1, lora_alpha=self.lora_alpha)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is a share from 0 to below 1, got {self.lora_dropout}")
+        source = problem_source(self.data.name)  # of the evaluation, also where data.path is trained on
         for name in ("problems", "suite"):
-            if getattr(self.evaluation, name) and not problem_source(self.data.name).measured:
+            if getattr(self.evaluation, name) and name not in source.measures:
+                what = "held-out problems" if name == "problems" else "named test sets"
                 raise ValueError(
-                    f"evaluation.{name} needs held-out problems, which data.name={self.data.name} does not have: set "
-                    "it to 0 and use make eval"
+                    f"evaluation.{name} needs {what}, which data.name={self.data.name} does not have: set it to 0 and "
+                    "use make eval"
                 )
+        if self.evaluation.problems and self.data.path:
+            try:
+                source.check(self.data)
+            except ValueError as error:
+                raise ValueError(f"data.{error}") from None
+        if "score" in self.reward_funcs and not problem_source(self.data.name, self.data.path).scores:
+            raise ValueError("reward_funcs=[score] needs problems of data.name=reasoning_gym/<task>: use accuracy")
         if "/" in self.variant:
             raise ValueError(f"variant is a part of a folder's name and has no '/', got {self.variant!r}")
         if self.budget.on and self.capo.step.acts:

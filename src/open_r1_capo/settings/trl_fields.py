@@ -21,14 +21,15 @@ class TRLField(NamedTuple):
     default: Any
 
 
-def installed() -> dict[str, TRLField]:
-    """The fields of the installed TRL; defaults as JSON has them."""
+def installed(config: str = "GRPOConfig") -> dict[str, TRLField]:
+    """The fields of a configuration of the installed TRL; defaults as JSON has them."""
     from dataclasses import MISSING, fields
 
-    from trl import GRPOConfig
+    import trl
 
-    hints = get_type_hints(GRPOConfig)
-    defaults = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(GRPOConfig)}
+    kind = getattr(trl, config)
+    hints = get_type_hints(kind)
+    defaults = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(kind)}
     return {name: TRLField(kinds(hints[name]), json.loads(json.dumps(default))) for name, default in defaults.items()}
 
 

@@ -18,6 +18,7 @@ import re
 import socket
 import urllib.parse
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +39,9 @@ MATH_SETS = {"math_train_7500": 7500, "math_train_12000": 12000}
 PROBLEM_COLUMNS = ("problem", "question", "Problem", "Question", "input")
 ANSWER_COLUMNS = ("answer", "Answer", "final_answer", "solution", "expected_answer", "output")
 SHOWN = 3  # faults of a file that are named
+SOLUTION_COLUMNS = ("solution", "completion", "response")  # worked ones
 KEPT_COLUMNS = ("id", "level", "subject", "type", "split")
+TEST_SHARE = 5  # one problem in five is held out, of sources that have no test set
 
 
 class DataError(UserError, ValueError):
@@ -69,7 +72,7 @@ def to_prompts(dataset: Dataset, system_prompt: str | None) -> Dataset:
     return dataset.map(add, load_from_cache_file=False)
 
 
-# --- gold answers ----------------------------------------------------------------------------------------------------
+# --- answers ---------------------------------------------------------------------------------------------------------
 
 
 def boxed(answer: str) -> str:
@@ -98,6 +101,32 @@ def gold_answer(value: object) -> str:
     if "\\boxed" in text or "\\fbox" in text:
         return last_boxed(text) or ""
     return text.rpartition("####")[2].strip()
+
+
+def stated_answer(text: str) -> str:
+    r"""The answer that a completion states, without the white space and asterisks around it.
+
+    The last `<answer>…</answer>`; else the last `\boxed{…}`; else the rest of the line after the last `Answer:`; else
+    the whole text.
+    """
+    if tags := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL):
+        answer = tags[-1]
+    elif (box := last_boxed(text)) is not None:
+        answer = box
+    elif lines := re.findall(r"\banswer:(.*)", text, re.IGNORECASE):
+        answer = lines[-1]
+    else:
+        answer = text
+    return answer.strip().strip("*").strip()
+
+
+# --- held-out problems -----------------------------------------------------------------------------------------------
+
+
+def split_of(problem: str) -> str:
+    """`test` for one problem in five, else `train`, by its text alone."""
+    # A checksum and not hash(): Python's own hash of a string changes from process to process.
+    return "test" if zlib.crc32(normalise(problem).encode()) % TEST_SHARE == 0 else "train"
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -252,6 +281,22 @@ def _column(what: str, wanted: str | None, candidates: Iterable[str], rows: list
     raise DataError(f"{source} has no column {' or '.join(names)}; its columns are {there}{hint}")
 
 
+def _rows(name: str | None, path: str | Path | None, config: str | None, split: str) -> tuple[str, list[dict]]:
+    """The source, for messages, and all its rows; raises DataError if there is none."""
+    if not name and not path:
+        raise DataError("no data set: give data.name=<name> or data.path=<file or folder>")
+    source, local = str(path or name), Path(path) if path else None
+    if name in MATH_SETS:
+        rows = _readable(lambda: _math_rows(name, local), source)
+    elif local:
+        rows = _readable(lambda: _file_rows(local, split, (split,)), source)
+    else:
+        rows = hub_rows(name, config, split)
+    if not rows:
+        raise DataError(f"{source} holds no problem")
+    return source, rows
+
+
 def load_problems(
     name: str | None = None,
     path: str | Path | None = None,
@@ -276,17 +321,7 @@ def load_problems(
     """
     from datasets import Dataset, DatasetInfo
 
-    if not name and not path:
-        raise DataError("no data set: give data.name=<name> or data.path=<file or folder>")
-    source, local = str(path or name), Path(path) if path else None
-    if name in MATH_SETS:
-        rows = _readable(lambda: _math_rows(name, local), source)
-    else:
-        rows = (
-            _readable(lambda: _file_rows(local, split, (split,)), source) if local else hub_rows(name, config, split)
-        )
-    if not rows:
-        raise DataError(f"{source} holds no problem")
+    source, rows = _rows(name, path, config, split)
     problem = _column("problem", problem_column, PROBLEM_COLUMNS, rows, source)
     answer = _column("answer", answer_column, ANSWER_COLUMNS, rows, source)
     kept = [column for column in KEPT_COLUMNS if column in rows[0]]
@@ -301,3 +336,31 @@ def load_problems(
         raise DataError(f"{source}: no answer found in column {answer} (answers, or solutions with \\boxed{{…}})")
     found = f"{len(table)} of {source}, column {problem} with the answers in column {answer}"
     return Dataset.from_list(table, info=DatasetInfo(description=found))
+
+
+def load_solutions(
+    name: str | None = None,
+    path: str | Path | None = None,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    problem_column: str | None = None,
+    answer_column: str | None = None,
+) -> list[dict[str, str]]:
+    """Load problems with worked solutions: `problem`, `solution` as it is, and the `answer` in it; arguments as above.
+
+    Raises:
+        DataError: If the data set is missing, malformed or empty, or a cell is not text.
+    """
+    source, rows = _rows(name, path, config, split)
+    problem = _column("problem", problem_column, (*PROBLEM_COLUMNS, "prompt"), rows, source)
+    solution = _column("answer", answer_column, (*SOLUTION_COLUMNS, *ANSWER_COLUMNS), rows, source)
+    table = []
+    for number, row in enumerate(rows, start=1):
+        for column in (problem, solution):
+            if not isinstance(row.get(column), str) or not row[column].strip():
+                raise DataError(f"{source}, row {number}: column {column} is empty, or not text")
+        text = row[solution]
+        answer = gold_answer(text) if "####" in text else stated_answer(text)
+        table.append({"problem": row[problem], "solution": text, "answer": answer})
+    return table

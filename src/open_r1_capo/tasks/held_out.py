@@ -80,7 +80,8 @@ def _scores(  # noqa: PLR0913 (options by name)
         model: The policy.
         tokenizer: With a chat template.
         problems: To complete.
-        reward: Called as `reward(completions, answers)`, completions as message lists; None leaves one out.
+        reward: Called as `reward(completions, answers)`, completions as message lists, and with the problems' other
+            columns by name; None leaves one out.
         system_prompt: None or "" sends none.
         samples: Completions a problem.
         temperature: Over the whole vocabulary; 0 for greedy completions.
@@ -108,7 +109,8 @@ def _scores(  # noqa: PLR0913 (options by name)
             texts, counts = _sample(model, tokenizer, prompts[start : start + batch_size], config)
             completions += [[{"role": "assistant", "content": text}] for text in texts]
             lengths += counts.tolist()
-    scores = reward(completions, [row["answer"] for row in rows])
+    others = {name: [row[name] for row in rows] for name in rows[0] if name not in ("problem", "answer")}
+    scores = reward(completions, [row["answer"] for row in rows], **others)
     return [[s for s in scores[i : i + samples] if s is not None] for i in range(0, len(rows), samples)], lengths
 
 

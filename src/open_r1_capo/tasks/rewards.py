@@ -1,4 +1,4 @@
-r"""Rewards under Open-R1's names: accuracy (math-verify), format and tag_count.
+r"""Rewards under Open-R1's names: accuracy (math-verify), format and tag_count; and score, of reasoning-gym's tasks.
 
     accuracy, layout = get_reward_funcs(["accuracy", "format"])
     accuracy(["so it is \\boxed{4}"], solution=["4"])  # [1.0]; None where the gold answer cannot be parsed
@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 
+from open_r1_capo.tasks.gym.scores import gym_scores
 from open_r1_capo.tasks.own_reward import own_reward
 from open_r1_capo.tasks.verifier import default_verifier
 
@@ -25,14 +26,19 @@ def completion_text(completion: str | list[dict]) -> str:
     return (completion[-1].get("content") or "") if completion else ""
 
 
-def accuracy_reward(completions: list, solution: list[str] | None = None, **kwargs: object) -> list[float | None]:
-    """1.0 for an answer that equals the gold answer mathematically, else 0.0; None if that cannot be parsed.
+def accuracy_reward(
+    completions: list, solution: list[str] | None = None, entry: list[str] | None = None, **kwargs: object
+) -> list[float | None]:
+    """1.0 for a right answer, else 0.0; None if that cannot be said.
 
-    `solution` has a gold answer a completion: a box, LaTeX, a number, or a solution that ends in one.
+    Right is what equals the gold answer mathematically: `solution` has one a completion, a box, LaTeX, a number, or a
+    solution that ends in one. Of problems of reasoning-gym, which have an `entry`, it is what their task scores 1.
 
     Raises:
         ValueError: If `solution` is missing or of another length.
     """
+    if entry is not None:
+        return [None if score is None else float(score >= 1) for score in score_reward(completions, entry)]
     if solution is None or len(solution) != len(completions):
         found = "no column" if solution is None else f"{len(solution)} values"
         raise ValueError(f"the accuracy reward needs `solution` for {len(completions)} completions; there is {found}")
@@ -41,6 +47,11 @@ def accuracy_reward(completions: list, solution: list[str] | None = None, **kwar
     if None in verdicts:
         logger.warning("%d samples left out: their gold answer cannot be parsed", verdicts.count(None))
     return [None if verdict is None else float(verdict) for verdict in verdicts]
+
+
+def score_reward(completions: list, entry: list[str], **kwargs: object) -> list[float | None]:
+    """What the task of reasoning-gym gives, from 0 to 1: many give part of the reward to an answer that is near."""
+    return gym_scores(entry, [completion_text(completion) for completion in completions])
 
 
 def format_reward(completions: list, **kwargs: object) -> list[float]:
@@ -63,7 +74,12 @@ def tag_count_reward(completions: list, **kwargs: object) -> list[float]:
     return scores
 
 
-REWARDS: dict[str, Callable] = {"accuracy": accuracy_reward, "format": format_reward, "tag_count": tag_count_reward}
+REWARDS: dict[str, Callable] = {
+    "accuracy": accuracy_reward,
+    "format": format_reward,
+    "tag_count": tag_count_reward,
+    "score": score_reward,
+}
 
 
 def get_reward_funcs(names: Sequence[str]) -> list[Callable]:

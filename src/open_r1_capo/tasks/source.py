@@ -1,8 +1,9 @@
 """Sources: where a recipe's policy and its problems come from. Nobody asks a recipe which source it has.
 
 `policy_source(name)` belongs to `model_name_or_path`, `problem_source(name, path)` to `data.name` and `data.path`. The
-lab is the first of both kinds; everything else is a model folder or a hub id, and a data set. Add a source by writing
-its class here or in a module of its own, and naming it in `POLICIES` or `PROBLEMS`.
+lab is the first of both kinds, `reasoning_gym/<task>` a family of problems; everything else is a model folder or a hub
+id, and a data set. Add a source by writing its class here or in a module of its own, and naming it in `POLICIES`,
+`PROBLEMS` or `FAMILIES`.
 
 Heavy imports (torch, transformers, datasets) are made by the methods that need them: settings are checked without.
 """
@@ -15,9 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from open_r1_capo.tasks.data import DataError, load_solutions, split_of
+from open_r1_capo.tasks.gym import problems as gym
 from open_r1_capo.tasks.lab.task import VARIANTS, problems
 
-Problem = dict[str, str]  # `problem` (the user's message) and `answer`
+Problem = dict[str, str]  # `problem` (the user's message), `answer`, and what else the rewards read
 
 
 class PolicySource(ABC):
@@ -45,7 +48,8 @@ class ProblemSource(ABC):
 
     # settings of `data` read beside name, path and max_prompt_tokens; others are refused
     reads: ClassVar[frozenset[str]]
-    measured: ClassVar[bool] = False  # has held-out problems, so that `evaluation.problems` and `.suite` can be set
+    measures: ClassVar[frozenset[str]] = frozenset()  # of `problems` and `suite`, settings of `evaluation`
+    scores: ClassVar[bool] = False  # scores answers by itself, so that `reward_funcs` may name `score`
     longest_prompt: ClassVar[int | None] = None  # tokens with the template; None: the problems do not fix it
 
     def check(self, data: Any) -> None:  # noqa: B027 (most sources have nothing to refuse)
@@ -56,11 +60,22 @@ class ProblemSource(ABC):
         """Training problems, a `datasets.Dataset` with `problem` and `answer`; raises UserError if there are none."""
 
     def held_out(self, data: Any, count: int) -> list[Problem]:
-        """`count` held-out problems of the kind that is trained on; only where `measured`."""
+        """`count` held-out problems of the kind that is trained on, where `measures` has `problems`."""
         return []
 
+    def worked(self, data: Any, seed: int, count: int) -> tuple[list[Problem], list[Problem]]:
+        """Train problems with a worked `solution` (the assistant's message), and up to `count` held-out problems.
+
+        Raises:
+            DataError: There are no worked solutions.
+        """
+        raise DataError(
+            f"data.name={data.name} has no worked solutions: use {gym.PREFIX}gsm_symbolic, or data.path=<JSONL file "
+            "with problems and solutions>"
+        )
+
     def suite(self, count: int, seed: int = 0) -> dict[str, list[Problem]]:
-        """Held-out test sets by name, `count` problems each, whose mean accuracy is TEST; only where `measured`."""
+        """Held-out test sets by name, `count` problems each, whose mean accuracy is TEST; as above, `suite`."""
         return {}
 
 
@@ -125,12 +140,26 @@ class DatasetProblems(ProblemSource):
         columns = {"problem_column": data.problem_column, "answer_column": data.answer_column}
         return load_problems(data.name, data.path, config=data.config, split=data.split, **columns)
 
+    def worked(self, data: Any, seed: int, count: int) -> tuple[list[Problem], list[Problem]]:
+        """Its answers as they are, worked solutions; one problem in five is held out, by its text."""
+        rows = load_solutions(
+            data.name,
+            data.path,
+            config=data.config,
+            split=data.split,
+            problem_column=data.problem_column,
+            answer_column=data.answer_column,
+        )
+        train = [row for row in rows if split_of(row["problem"]) == "train"]
+        test = [row for row in rows if split_of(row["problem"]) == "test"]
+        return train, [{"problem": row["problem"], "answer": row["answer"]} for row in test[:count]]
+
 
 class LabProblems(ProblemSource):
     """The lab's sums, drawn from a seed; training and test never share a multiset of terms."""
 
     reads = frozenset({"problems", "variant"})
-    measured = True
+    measures = frozenset({"problems", "suite"})
     longest_prompt = 16
 
     def check(self, data: Any) -> None:
@@ -153,8 +182,38 @@ class LabProblems(ProblemSource):
         return {name: problems("test", count, seed=seed, variant=name) for name in VARIANTS}
 
 
+class GymProblems(ProblemSource):
+    """A task of reasoning-gym, drawn from a seed; training and test never share a problem's text."""
+
+    reads = frozenset({"problems", "options"})
+    measures = frozenset({"problems"})
+    scores = True
+
+    def check(self, data: Any) -> None:
+        """Refuse an unknown task, and options that it does not take; it needs the package."""
+        gym.check(self._task(data), data.options)
+
+    def training(self, data: Any, seed: int) -> Any:
+        """Draw `data.problems` problems."""
+        from datasets import Dataset
+
+        return Dataset.from_list(gym.draw(self._task(data), data.options, "train", data.problems, seed))
+
+    def held_out(self, data: Any, count: int) -> list[Problem]:
+        """Test problems of the same options, each once."""
+        return gym.draw(self._task(data), data.options, "test", count)
+
+    def worked(self, data: Any, seed: int, count: int) -> tuple[list[Problem], list[Problem]]:
+        """`data.problems` worked solutions, where the task has them."""
+        return gym.worked(self._task(data), data.options, data.problems, seed), self.held_out(data, count)
+
+    def _task(self, data: Any) -> str:
+        return data.name.partition("/")[2]
+
+
 POLICIES: dict[str, PolicySource] = {"lab": LabPolicy()}
 PROBLEMS: dict[str, ProblemSource] = {"lab": LabProblems()}
+FAMILIES: dict[str, ProblemSource] = {"reasoning_gym": GymProblems()}  # by what stands before the first slash
 PRETRAINED, DATASET = PretrainedPolicy(), DatasetProblems()
 
 
@@ -170,4 +229,6 @@ def source_of(folder: Path) -> PolicySource:
 
 def problem_source(name: str | None, path: str | None = None) -> ProblemSource:
     """The source of `data.name` and `data.path`; a path is always a data set."""
-    return DATASET if path else PROBLEMS.get(name or "", DATASET)
+    if path or not name:
+        return DATASET
+    return PROBLEMS.get(name) or FAMILIES.get(name.partition("/")[0], DATASET)

@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 TIMEOUT = 5.0  # seconds one answer may take, math-verify's own default
@@ -99,23 +99,28 @@ def _judge(gold: str, answer: str | None) -> bool | None:
     return answer is None or bool(verify(golds, _extract(answer), timeout_seconds=None))
 
 
+def _warm_up() -> None:
+    """Import sympy and build the grammar."""
+    _judge("\\boxed{\\frac{1}{2}}", "$0.5$")
+
+
 # --- worker processes ------------------------------------------------------------------------------------------------
 
 
-def _serve(timeout: float) -> None:
-    """Answer one JSON line [gold, answer] after the other, until the parent closes the connection."""
+def serve(timeout: float, judge: Callable[[str, str | None], float | None], warm_up: Callable[[], object]) -> None:
+    """Answer one JSON line [gold, answer] after the other by `judge`, until the parent closes the connection."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a stray print must not look like a verdict
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.disable(logging.CRITICAL)
-    _judge("\\boxed{\\frac{1}{2}}", "$0.5$")  # imports sympy and builds the grammar
+    warm_up()
     replies.write(b'"ready"\n')
     for line in requests:
         # a worker whose parent was killed in mid-answer would otherwise go on for ever
         resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + 2 * timeout) + 2, resource.RLIM_INFINITY))
         try:
-            verdict = _judge(*json.loads(line))
-        except Exception:  # MemoryError and RecursionError in corners that math-verify does not guard
+            verdict = judge(*json.loads(line))
+        except Exception:  # MemoryError and RecursionError in corners that no library guards
             verdict = False
         replies.write(json.dumps(verdict).encode() + b"\n")
 
@@ -134,11 +139,11 @@ class _Job:
 class _Worker:
     """One worker process, the connection to it, and the job it is at."""
 
-    def __init__(self, python: str, timeout: float) -> None:
+    def __init__(self, command: Sequence[str]) -> None:
         self.socket, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [python, __file__, str(timeout)],
+                command,
                 stdin=theirs,
                 stdout=theirs,
                 stderr=subprocess.PIPE,
@@ -174,9 +179,13 @@ class _Worker:
 class Verifier:
     """A pool of worker processes that compares answers with gold answers, each within a hard time limit.
 
+    A subclass judges something else: `program` is what a worker runs, which calls `serve`, and `job` what it is sent.
+
     An answer that takes longer than `timeout` seconds scores 0. The workers start with the first call, in `python`,
     an interpreter that has math-verify. `counts` has verified, cached, timeouts, restarts and unparseable.
     """
+
+    program: Sequence[str] = (__file__,)
 
     def __init__(self, workers: int | None = None, timeout: float = TIMEOUT, python: str | None = None) -> None:
         self.python = python or sys.executable
@@ -185,18 +194,22 @@ class Verifier:
         self.counts: Counter[str] = Counter()
         self._workers: list[_Worker] = []
         self._waiting: deque[_Job] = deque()
-        self._cache: OrderedDict[bytes, bool | None] = OrderedDict()
+        self._cache: OrderedDict[bytes, float | None] = OrderedDict()
         self._lock = threading.Lock()
         self._owner = os.getpid()
         self._failed_starts = 0
         atexit.register(self.close)
 
-    def verify(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
+    def job(self, gold: str, answer: str) -> tuple[str, str]:
+        """What of a pair decides its verdict; equal jobs are judged once."""
+        return _gold_text(gold), essence(answer)
+
+    def verify(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
         """Judge (gold, answer) pairs; equal pairs are judged once, also across calls.
 
         A verdict is None where the gold answer cannot be parsed. Raises RuntimeError if the workers do not start.
         """
-        jobs = [(_gold_text(gold), essence(answer)) for gold, answer in pairs]
+        jobs = [self.job(gold, answer) for gold, answer in pairs]
         keys = [hashlib.blake2b(json.dumps(job).encode(), digest_size=16).digest() for job in jobs]
         with self._lock:
             todo = {key: job for key, job in zip(keys, jobs, strict=True) if key not in self._cache}
@@ -214,11 +227,11 @@ class Verifier:
             for worker in list(self._workers):
                 self._discard(worker)
 
-    def _run(self, pairs: list[tuple[str, str]]) -> list[bool | None]:
+    def _run(self, pairs: list[tuple[str, str]]) -> list[float | None]:
         """Judge distinct pairs in the workers."""
         if os.getpid() != self._owner:  # a forked child must not share the parent's connections
             self._workers, self._owner = [], os.getpid()
-        verdicts: list[bool | None] = [None] * len(pairs)
+        verdicts: list[float | None] = [None] * len(pairs)
         self._waiting = deque(_Job(index, *pair, self.timeout) for index, pair in enumerate(pairs))
         try:
             while self._waiting or any(worker.job for worker in self._workers):
@@ -234,7 +247,7 @@ class Verifier:
         """Start missing workers and give every idle one a job."""
         at_work = sum(worker.job is not None for worker in self._workers)
         while len(self._workers) < min(self.size, len(self._waiting) + at_work):
-            self._workers.append(_Worker(self.python, self.timeout))
+            self._workers.append(_Worker([self.python, *self.program, str(self.timeout)]))
         for worker in [worker for worker in self._workers if worker.ready and not worker.job]:
             if self._waiting:
                 with contextlib.suppress(OSError):  # it died while idle: _hear finds out
@@ -247,7 +260,7 @@ class Verifier:
         heard, _, _ = select.select([worker.socket for worker in busy], [], [], max(0.0, seconds))
         return [worker for worker in busy if worker.socket in heard or time.monotonic() >= worker.deadline]
 
-    def _hear(self, worker: _Worker, verdicts: list[bool | None]) -> None:
+    def _hear(self, worker: _Worker, verdicts: list[float | None]) -> None:
         """Take a worker's message; replace it if it died or overran, and try its job again in the time left."""
         job = worker.job
         try:
@@ -262,7 +275,7 @@ class Verifier:
                 worker.job = None
             worker.ready, self._failed_starts = True, 0
 
-    def _replace(self, worker: _Worker, verdicts: list[bool | None]) -> None:
+    def _replace(self, worker: _Worker, verdicts: list[float | None]) -> None:
         job, left = worker.job, worker.deadline - time.monotonic()
         reason = self._discard(worker)
         self.counts["restarts"] += 1
@@ -287,4 +300,4 @@ default_verifier = functools.cache(Verifier)  # the pool of this process, starte
 
 
 if __name__ == "__main__":
-    _serve(float(sys.argv[1]))
+    serve(float(sys.argv[1]), _judge, _warm_up)
