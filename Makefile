@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 SCALE ?= lab
-RECIPE ?= $(if $(filter own,$(SCALE)),grpo_budget,capo_aggressive)
+RECIPE ?= grpo_budget
 SEED ?= 0
 ARGS ?=
 PYTHON ?= python3
@@ -55,7 +55,7 @@ $(STAMP): setup.py src/open_r1_capo/capo/engines/native.c
 	@$(PIP) '$(GYM)' 2>> $(VENV)/install.log || echo "note: $(GYM) could not be installed ($(VENV)/install.log): data.name=reasoning_gym/… is not available"
 	@touch $@
 
-train: $(STAMP) ## train RECIPE=capo_aggressive SCALE=lab SEED=0 ARGS="learning_rate=1e-4 …" [OVERWRITE=1]
+train: $(STAMP) ## train RECIPE=grpo_budget SCALE=lab SEED=0 ARGS="learning_rate=1e-4 …" [OVERWRITE=1]
 	@$(BIN)/python -m open_r1_capo.grpo --config-name $(RECIPE) scale=$(SCALE) seed=$(SEED) $(if $(filter $(YES),$(OVERWRITE)),overwrite=true) $(ARGS)
 
 sft: $(STAMP) ## a cold start: worked solutions of NAME=gsm_symbolic taught to MODEL=<folder or hub id> [ARGS="data.path=my.jsonl …"]

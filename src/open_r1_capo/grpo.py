@@ -25,7 +25,7 @@ from open_r1_capo.settings.recipes import compose_recipe, known_recipes
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and train; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m open_r1_capo.grpo", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config-name", default="capo_aggressive", help=f"one of {', '.join(known_recipes())}")
+    parser.add_argument("--config-name", default="grpo_budget", help=f"one of {', '.join(known_recipes())}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="a field of TRL's GRPOConfig or of ours")
     options = parser.parse_args(argv)
     return run_cli(lambda: train(options.config_name, options.overrides))

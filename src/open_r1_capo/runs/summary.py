@@ -90,7 +90,7 @@ def summary_lines(run: Run) -> list[str]:
     elif s["reward_windows"]:
         lines.append(f"  training reward    {s['reward_windows'][0]:.3f} → {s['reward_windows'][-1]:.3f}")
     for name, share in (("rejected", s.get("rejected_frac")), ("scaled  ", s.get("scaled_frac"))):
-        if share and (name == "rejected" or share["max"]):
+        if share and (share["max"] or (name == "rejected" and "budget" not in s)):
             lines.append(f"  tokens {name}    {share['mean']:.2%} on average, {share['max']:.2%} at most")
     if "step_scale" in s and s["step_scale"]["min"] < 1:
         lines.append(f"  learning rate      shortened to {s['step_scale']['mean']:.2f} of the schedule on average")
