@@ -24,7 +24,8 @@ INSTALL_REQUIRES = [
     "wandb>=0.31,<1",  # offline mode without an account
     "matplotlib>=3.10,<4",  # the figures
     "scipy>=1.15,<2",  # their statistics
-    "psutil>=6,<8",  # free memory, by which SCALE=own chooses its micro-batch; accelerate needs it too
+    "gguf>=0.19,<1",  # transformers reads the policy `smollm2` of a package with it
+    "psutil>=6,<8",  # free memory, by which `fit_machine` chooses its micro-batch; accelerate needs it too
     "requests>=2.32,<3",  # trl's vLLM server client imports it without declaring it
 ]
 

@@ -26,7 +26,7 @@ from open_r1_capo.settings.recipes import RECIPES, compose_recipe
 from open_r1_capo.settings.run import RunConfig
 from open_r1_capo.tasks.held_out import held_out_accuracy
 from open_r1_capo.tasks.lab import task
-from open_r1_capo.tasks.lab.policy import MANIFEST, base_policy
+from open_r1_capo.tasks.lab.policy import POLICY, base_policy
 from open_r1_capo.tasks.rewards import get_reward_funcs
 from open_r1_capo.training.build import build
 from open_r1_capo.training.run import quiet, train
@@ -69,7 +69,7 @@ def accuracies(run: RunConfig, length: int, problems: int) -> dict[str, float]:
     )
     return {
         "vocabulary": len(tokenizer),
-        "pretraining": json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("processor_seconds"),
+        "pretraining": json.loads((folder / POLICY.manifest).read_text(encoding="utf-8")).get("processor_seconds"),
         "sampled": sampled["accuracy"],
         "greedy": greedy["accuracy"],
         "length": sampled["mean_completion_length"],

@@ -56,6 +56,7 @@ def build(
     budget=None,
     optimizer=None,
     peft_config=None,
+    share_prompts=False,
     **changes,
 ):
     """A CAPOTrainer, a RunTrainer with mode off, or TRL's own if `capo` is None, on a fresh copy of the policy."""
@@ -70,6 +71,7 @@ def build(
     if capo is None:
         return GRPOTrainer(**common)
     config = capo_config(**capo)
+    common["share_prompts"] = share_prompts
     budget = BudgetConfig(**budget) if budget else None
     if not config.on:
         common |= {"advantage_baseline": baseline, "optimizer": optimizer}

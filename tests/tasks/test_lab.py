@@ -12,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.rewards import accuracy_reward
 
+from open_r1_capo.tasks.cache import CACHE_VARIABLE, CacheError
 from open_r1_capo.tasks.held_out import held_out_accuracy, suite_accuracy
 from open_r1_capo.tasks.lab import policy, task
-from open_r1_capo.tasks.lab.policy import LabError, base_policy, cache_key, is_sound
+from open_r1_capo.tasks.lab.policy import POLICY, base_policy, cache_key
 from open_r1_capo.tasks.lab.pretrain import IGNORE, encode, pretrain, pretraining_text
 from open_r1_capo.tasks.lab.settings import LabSettings, Mixture
 from open_r1_capo.tasks.lab.tokenizer import build_tokenizer
@@ -187,7 +188,7 @@ def test_second_use_does_not_train(folder, cache, monkeypatch):
 
 
 def test_environment_names_the_cache(folder, cache, monkeypatch):
-    monkeypatch.setenv(policy.CACHE_VARIABLE, str(cache))
+    monkeypatch.setenv(CACHE_VARIABLE, str(cache))
     assert base_policy(0, settings=TINY) == folder
 
 
@@ -200,10 +201,10 @@ def test_damaged_folder_is_rebuilt(folder, cache, damage, capsys):
     elif damage == "delete":
         weights.unlink()
     else:
-        (folder / policy.MANIFEST).write_text("{")
-    assert not is_sound(folder)
+        (folder / POLICY.manifest).write_text("{")
+    assert not POLICY.is_sound(folder)
     assert base_policy(0, cache, TINY) == folder
-    assert is_sound(folder)
+    assert POLICY.is_sound(folder)
     assert weights.read_bytes() == good
     assert "damaged" in capsys.readouterr().err
 
@@ -211,7 +212,7 @@ def test_damaged_folder_is_rebuilt(folder, cache, damage, capsys):
 def test_files_added_by_other_tools_do_not_matter(folder):
     (folder / "samples").mkdir(exist_ok=True)
     (folder / "notes.txt").write_text("x")
-    assert is_sound(folder)
+    assert POLICY.is_sound(folder)
 
 
 def test_interrupted_training_leaves_nothing(tmp_path, monkeypatch):
@@ -230,14 +231,14 @@ def test_full_disk_is_one_clear_sentence(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(policy.pretrain, "pretrain", lambda *_: Model())
-    with pytest.raises(LabError, match=r"No space left on device.*OPEN_R1_CAPO_CACHE"):
+    with pytest.raises(CacheError, match=r"No space left on device.*OPEN_R1_CAPO_CACHE"):
         base_policy(0, tmp_path, TINY)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
 def test_unwritable_cache_is_one_clear_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(LabError, match="cannot keep the lab policy"):
+    with pytest.raises(CacheError, match="cannot keep the lab policy"):
         base_policy(0, tmp_path / "file", TINY)
 
 
@@ -250,14 +251,16 @@ def test_two_makers_at_once_give_one_whole_folder(tmp_path, folder, monkeypatch)
 
     monkeypatch.setattr(policy.pretrain, "pretrain", make)
     target = tmp_path / folder.name
-    makers = [threading.Thread(target=policy._make, args=(target, TINY, 0)) for _ in range(2)]
+    makers = [
+        threading.Thread(target=POLICY.make, args=(target, lambda made: policy.train(made, TINY, 0))) for _ in range(2)
+    ]
     for maker in makers:
         maker.start()
     for maker in makers:
         maker.join()
-    assert is_sound(target)
+    assert POLICY.is_sound(target)
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
-    assert json.loads((target / policy.MANIFEST).read_text())["settings"]["hidden_size"] == TINY.hidden_size
+    assert json.loads((target / POLICY.manifest).read_text())["settings"]["hidden_size"] == TINY.hidden_size
     shutil.rmtree(target)
 
 

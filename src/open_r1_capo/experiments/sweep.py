@@ -36,7 +36,7 @@ from open_r1_capo.runs.outcomes import base_accuracy, usable
 from open_r1_capo.runs.run import Run, read_lines
 from open_r1_capo.runs.summary import duration
 from open_r1_capo.settings.recipes import compose_recipe
-from open_r1_capo.settings.run import ConfigError
+from open_r1_capo.settings.run import FITTED, ConfigError, pin_policy
 
 Job = tuple[Arm, int]
 LOGS = ".sweeps"  # a run's output, in a folder beside the runs
@@ -124,8 +124,10 @@ def check(experiment: Experiment) -> dict[str, Any]:
             raise ConfigError(f"recipes/experiments/{experiment.name}.yaml, {arm.label}: {error}") from None
         first = first or settings
         for seed in finished:  # a figure would mix two settings under one name
-            differing = folders[seed].differences(settings | {"seed": seed})
+            differing = folders[seed].differences(pin_policy(settings) | {"seed": seed})
             differing.pop("evaluation", None)  # what is measured on the side
+            if settings.get("fit_machine"):  # what the machine chose for the run
+                differing = {k: v for k, v in differing.items() if k not in FITTED or settings.get(k) is not None}
             if differing:
                 key, (theirs, ours) = next(iter(differing.items()))
                 raise ConfigError(

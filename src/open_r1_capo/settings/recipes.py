@@ -172,6 +172,6 @@ def _unread(key: str, settings: dict[str, Any]) -> str | None:
         reason = "evaluation.problems=0"
     elif key.startswith(("lora_", "use_rslora", "use_dora")) and not settings.get("use_peft"):
         reason = "use_peft=false"
-    elif key.startswith("vllm_") and not settings.get("use_vllm"):
+    elif key.startswith("vllm_") and settings.get("use_vllm", False) is False:
         reason = "use_vllm=false"
     return reason

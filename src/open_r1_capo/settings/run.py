@@ -1,13 +1,13 @@
 """Typed settings of a run: a composed recipe becomes `RunConfig` (ours) and values for TRL's `GRPOConfig`.
 
-A recipe's keys are flat and named as TRL's fields; its groups `capo`, `data`, `evaluation` and `lab` are ours.
+A recipe's keys are flat and named as TRL's fields; its groups (`capo`, `data`, `lab`, …) are ours.
 Whatever is of the wrong type or out of range ends in one `ConfigError`, before anything is built or written.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,9 +17,12 @@ from open_r1_capo.settings.capo import CAPOConfig, capo_config, capo_keys
 from open_r1_capo.settings.trl_fields import TRL_FIELDS
 from open_r1_capo.settings.values import ConfigError, Kinds, at_least, convert, make, schema
 from open_r1_capo.tasks.lab.settings import LabSettings
+from open_r1_capo.tasks.smollm2.settings import SmolLM2Settings
 from open_r1_capo.tasks.source import POLICIES, policy_source, problem_source
 
 GROUPS = ("method", "rule", "budget", "regime", "scale", "task", "generation")  # folders of recipes/
+# what `fit_machine` chooses where the recipe does not; `use_vllm` only where that is null
+FITTED = ("use_cpu", "bf16", "gradient_checkpointing", MICRO, "use_vllm")
 
 
 @dataclass
@@ -67,12 +70,13 @@ class RunConfig:
 
     recipe: str
     scale: str
-    model_name_or_path: str  # a local folder or hub id; `lab` trains the lab's policy first
+    model_name_or_path: str  # a local folder or hub id; `lab` and `smollm2` are made or fetched first
     completions_per_step: int  # over all ranks; sets TRL's gradient accumulation
     advantage_baseline: str = "group"  # `group` subtracts the group's mean reward; `none` is REINFORCE on the reward
     optimizer: str | None = None  # a name of the package pytorch-optimizer, such as prodigy, in place of `optim`
     reward_funcs: list[str] = field(default_factory=lambda: ["accuracy"])  # names in `tasks.rewards`
     system_prompt: str | None = None  # null is the default of `tasks.data`; an empty string sends none
+    share_prompts: bool = False  # compute a prompt once for all its completions: for completions that are short
     num_threads: int | None = None  # CPU threads of torch; null leaves torch's choice
     needs_gpu: bool = False  # refuse to start without a CUDA device
     fit_machine: bool = False  # device, precision and micro-batch that are not set follow from the machine
@@ -95,6 +99,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     lab: LabSettings = field(default_factory=LabSettings)  # the policy of model_name_or_path=lab
+    smollm2: SmolLM2Settings = field(default_factory=SmolLM2Settings)  # the copy of model_name_or_path=smollm2
 
     def __post_init__(self):
         """Check choices and ranges; raises ValueError."""
@@ -144,7 +149,8 @@ def _settings() -> dict[str, Kinds]:
     """Full name of every setting, and what values it takes."""
     ours = {name: kinds for name, kinds in schema(RunConfig).items() if not name.startswith("capo.")}
     capo = {f"capo.{name}": kinds for name, kinds in capo_keys().items()}
-    return {name: one.kinds for name, one in TRL_FIELDS.items()} | dict.fromkeys(GROUPS, ("str",)) | ours | capo
+    trl = {name: one.kinds for name, one in TRL_FIELDS.items()} | {"use_vllm": ("bool", "null")}
+    return trl | dict.fromkeys(GROUPS, ("str",)) | ours | capo
 
 
 SETTINGS = _settings()
@@ -209,6 +215,14 @@ def policy_settings(name: str, settings: dict[str, Any]) -> Any:
         return None
     values = convert({group: settings.get(group)}, SETTINGS)[group]
     return make(get_type_hints(RunConfig)[group], values, f"{group}.")
+
+
+def pin_policy(settings: dict[str, Any]) -> dict[str, Any]:
+    """A composed recipe, completed by which policy it leads to on this machine; see `PolicySource.pinned`."""
+    name = settings["model_name_or_path"]
+    source, given = policy_source(name), policy_settings(name, settings)
+    pinned = source.pinned(given)
+    return settings if pinned == given else settings | {source.group: asdict(pinned)}
 
 
 def _check_policy(values: dict[str, Any]) -> None:

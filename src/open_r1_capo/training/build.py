@@ -163,7 +163,7 @@ def make_trainer(
     try:
         common = {"model": model, "reward_funcs": rewards, "args": args, "train_dataset": dataset}
         common |= {"processing_class": tokenizer, "advantage_baseline": config.advantage_baseline}
-        common |= {"peft_config": adapters(config, model)}
+        common |= {"peft_config": adapters(config, model), "share_prompts": config.share_prompts}
         if config.capo.on:
             records = token_records(config, args, tokenizer)
             trainer = kind(**common, capo=config.capo, budget=config.budget, records=records)

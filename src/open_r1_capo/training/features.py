@@ -19,6 +19,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from open_r1_capo.budget.kl import has_dropout
 from open_r1_capo.capo.curvature import VocabularySums
+from open_r1_capo.training.packing import pack
 
 LOGITS_BYTES = 64 * 2**20  # bound of one chunk's float32 logits; two or three of that size live at once
 SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
@@ -145,16 +146,20 @@ def captured_hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def completion_hidden_states(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, mask: Tensor
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, share_prompts: bool = False
 ) -> Tensor:
     """(M, D), by one more forward pass: the hidden states that predict the M completion tokens in `mask`.
 
     `input_ids` and `attention_mask` are (B, L), prompt and completion; `mask` (B, T) bool is of the last T positions.
     """
+    packed = pack(input_ids, attention_mask, mask.shape[1]) if share_prompts else None
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if packed:
+        inputs = packed.rows(0, len(packed.input_ids))
     with captured_hidden_states(model) as captured:  # FSDP knows the end of a pass by the whole model's
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
+        model(**inputs, use_cache=False, logits_to_keep=1)
     reshard(model)
-    return predicting(captured[0], mask)
+    return packed.predicting(captured[0], mask) if packed else predicting(captured[0], mask)
 
 
 def reshard(model: PreTrainedModel) -> None:

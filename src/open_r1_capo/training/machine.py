@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any, NamedTuple
 
 import psutil
@@ -17,11 +18,11 @@ from open_r1_capo.capacity.workload import Machines, Workload, read
 from open_r1_capo.runs.run import Run, RunError
 from open_r1_capo.settings.batch import ACCUMULATION, MICRO, largest_micro_batch
 from open_r1_capo.settings.budget import default_accelerator
-from open_r1_capo.settings.run import RunConfig
+from open_r1_capo.settings.run import FITTED, RunConfig
 from open_r1_capo.settings.run import read as read_settings
 from open_r1_capo.settings.values import ConfigError
+from open_r1_capo.tasks.source import POLICIES
 
-FITTED = ("use_cpu", "bf16", "gradient_checkpointing", MICRO)
 CAREFUL = 4  # completions of a micro-batch where the model's memory cannot be computed
 TRAINED = 12  # bytes of a weight's gradient and two moments in float32, of which LoRA has hardly any
 
@@ -41,10 +42,13 @@ def fit(settings: dict[str, Any], processes: int) -> Fitted:
     """
     if not settings.get("fit_machine"):
         return Fitted(settings)
-    settings = _as_begun(settings, processes) | settings
+    either = settings.get("use_vllm", False) is None
+    settings = _as_begun(settings, processes) | {k: v for k, v in settings.items() if k != "use_vllm" or v is not None}
     cpu = settings.setdefault("use_cpu", not torch.cuda.is_available())
     settings.setdefault("bf16", not cpu and torch.cuda.is_bf16_supported())
     settings.setdefault("gradient_checkpointing", not cpu)
+    if either:
+        settings.setdefault("use_vllm", not cpu and importlib.util.find_spec("vllm") is not None)
     device = _device(cpu, processes)
     try:
         workload = _workload(settings, processes)
@@ -92,6 +96,8 @@ def _workload(settings: dict[str, Any], processes: int) -> Workload:
 def _local(settings: dict[str, Any]) -> str | None:
     """The model's folder; of a hub id, the one in the cache that holds its config.json."""
     model = settings.get("model_name_or_path")
+    if model in POLICIES:  # whose source knows its shape
+        return model
     try:
         file = cached_file(model, "config.json")
     except (OSError, ValueError, TypeError):  # whatever is wrong with it, the loading of its tokenizer says

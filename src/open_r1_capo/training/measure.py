@@ -51,13 +51,15 @@ def measure(
     TRL has shuffled the sequences, so the first ones are a random part. `policy` is the model after the step, without
     wrappers; `temperature` τ divides the logits.
     """
+    count = max(1, round(share * len(micro_batch.mask)))
     chosen = torch.zeros_like(micro_batch.mask)
-    chosen[: max(1, round(share * len(micro_batch.mask)))] = True
+    chosen[:count] = True
     chosen &= micro_batch.mask
     rows = chosen[micro_batch.mask]
     tokens, log_mass = micro_batch.tokens.select(rows), micro_batch.log_mass[rows]
+    sequences = (x[:count] for x in (micro_batch.input_ids, micro_batch.attention_mask, chosen))
     with autocast():
-        hidden = completion_hidden_states(policy, micro_batch.input_ids, micro_batch.attention_mask, chosen)
+        hidden = completion_hidden_states(policy, *sequences, share_prompts=micro_batch.share_prompts)
     new = support_log_probs(policy, hidden, tokens.token_ids, temperature)
     old = head_output(tokens.features, temperature, hidden.shape[1])
     head = support_log_probs(policy, old, tokens.token_ids, temperature)

@@ -24,7 +24,7 @@ from open_r1_capo.runs.folder import RunFolder
 from open_r1_capo.runs.run import write_atomically
 from open_r1_capo.runs.summary import summarise, summary_lines
 from open_r1_capo.settings.recipes import compose_recipe
-from open_r1_capo.settings.run import RunConfig
+from open_r1_capo.settings.run import RunConfig, pin_policy, read
 from open_r1_capo.training.build import (
     build,
     held_out,
@@ -79,6 +79,8 @@ def train(settings: dict[str, Any], preemption: Preemption | None = None) -> Non
     settings, memory = fit(settings, world_size())
     config, args = build(settings)
     rewards = known_rewards(config)
+    settings = pin_policy(settings)  # after all that can be refused at once: a policy may have to be downloaded
+    config, _ = read(settings, world_size())
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     folder = RunFolder(config.folder(args.seed))

@@ -22,7 +22,9 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
 
 from open_r1_capo.runs.checkpoints import seal
+from open_r1_capo.training.packing import Packed, check_packing, pack
 from open_r1_capo.training.sampling_drift import SamplingComparison
+from open_r1_capo.training.shared_generation import SharedGeneration
 from open_r1_capo.training.state import load_state, save_state
 
 
@@ -33,17 +35,33 @@ class RunTrainer(GRPOTrainer):
         *args: as `GRPOTrainer`.
         advantage_baseline: `group` (GRPO, Dr.GRPO) or `none`: REINFORCE's advantage is the reward itself.
         optimizer: a name of the package pytorch-optimizer, in place of TRL's `optim`.
+        share_prompts: compute a prompt once for all its completions (`packing.py`).
         **kwargs: as `GRPOTrainer`.
 
     Raises:
-        ValueError, ImportError: there is no such optimizer, or no such package.
+        ValueError, ImportError: there is no such optimizer, or no such package; the model cannot share prompts.
     """
 
-    def __init__(self, *args: Any, advantage_baseline: str = "group", optimizer: str | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        advantage_baseline: str = "group",
+        optimizer: str | None = None,
+        share_prompts: bool = False,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         if optimizer:
             self.optimizer_cls_and_kwargs = library_optimizer(optimizer, self.args)
-        self.advantage_baseline = advantage_baseline
+        self.advantage_baseline, self.share_prompts = advantage_baseline, share_prompts
+        self.sampler: SharedGeneration | None = None
+        if share_prompts:
+            policy = self.accelerator.unwrap_model(self.model)
+            check_packing(policy)
+            scattered = self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(policy, "peft_config")
+            if not (self.use_vllm or scattered):
+                self.sampler = SharedGeneration(policy, self.args.bf16)
+        self.packed: Packed | None = None  # how the last forward pass was packed
         self.counters = {"completions": 0}
         self.seconds: dict[str, float] = defaultdict(float)
         self.comparison = SamplingComparison()
@@ -65,9 +83,35 @@ class RunTrainer(GRPOTrainer):
         return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        forward = self._packed_logps if self.share_prompts else super()._get_per_token_logps_and_entropies
+        found = forward(*args, **kwargs)
         self.comparison.see(found[0])
         return found
+
+    def _packed_logps(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
+    ):
+        """TRL's method of text alone, with the prompts of a group computed once."""
+        self.packed = packed = pack(input_ids, attention_mask, logits_to_keep)
+        rows = len(packed.input_ids)
+        size = max(1, rows * (batch_size or len(input_ids)) // len(input_ids))
+        outputs = []
+        for start in range(0, rows, size):
+            part = slice(start, start + size)
+            with self.accelerator.autocast():
+                inputs = packed.rows(part.start, part.stop)
+                outputs.append(model(**inputs, shift_labels=packed.labels[part], fused_lm_head=True))
+        logps, entropies = (
+            packed.unpack(torch.cat([one[name] for one in outputs])) for name in ("log_probs", "entropy")
+        )
+        return logps, entropies if compute_entropy else None, None
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
+        if self.sampler and not self.use_vllm:  # which `attach` may have set since
+            return self.sampler.generate(prompt_ids, self.generation_config), None
+        with self.accelerator.autocast():  # around all of it: the weights are rounded once and not for each token
+            call = (prompt_ids, images, multimodal_fields, num_generations)
+            return super()._generate_single_turn(*call, *args, **kwargs)
 
     @property
     def _fresh_from_vllm(self) -> bool:

@@ -126,7 +126,8 @@ class CAPOTrainer(BudgetTrainer):
     ) -> MicroBatch:
         """Propose each token's step, predict its shifts, weigh it, and hand the accepted ones to the step model."""
         capo, mask = self.capo, token_mask(inputs)
-        h, actions = predicting(hidden, mask), inputs["completion_ids"][mask]
+        h = self.packed.predicting(hidden, mask) if self.packed else predicting(hidden, mask)
+        actions = inputs["completion_ids"][mask]
         closed_form = isinstance(self.step_model, SGDStep) and capo.granularity == "token"
         support = policy_support(self._policy, h, actions, self.temperature, capo.top_k, closed_form)
         advantages = inputs["advantages"]
@@ -148,7 +149,7 @@ class CAPOTrainer(BudgetTrainer):
         by_rule, high_entropy = self.select(tokens, support.log_mass, shifts), None
         if self.top_entropy_quantile < 1:
             high_entropy = self.get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)[mask]
-        source = (input_ids, attention_mask, mask, inputs.get("completion_rewards"), high_entropy)
+        source = (input_ids, attention_mask, mask, inputs.get("completion_rewards"), high_entropy, self.share_prompts)
         micro_batch = MicroBatch(tokens, by_rule, support.log_mass, entropies[mask].detach(), *source)
         self.step_model.accumulate(tokens, micro_batch.in_step.weight.masked_fill(by_rule.non_finite, 0))
         return micro_batch

@@ -26,6 +26,7 @@ class MicroBatch:
         mask: (B, T) bool, the completion tokens that take part.
         rewards: (B,), of the completions, NaN where none could be given; None if unknown.
         high_entropy: (N,) bool, the tokens that TRL's loss keeps by itself (`top_entropy_quantile`); None for all.
+        share_prompts: the forward pass was packed (`training/packing.py`), and so is one that measures it.
     """
 
     tokens: TokenBatch
@@ -37,6 +38,7 @@ class MicroBatch:
     mask: Tensor
     rewards: Tensor | None = None
     high_entropy: Tensor | None = None
+    share_prompts: bool = False
 
     @property
     def in_step(self) -> TokenSelection:
