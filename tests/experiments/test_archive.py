@@ -48,3 +48,15 @@ def test_what_cannot_be_kept_or_written(folder, capsys):
     assert archive.main(["all.json"]) == 2
     assert "no finished runs in outputs/experiments" in capsys.readouterr().err
     assert not Path("all.json").exists()
+
+
+def test_runs_that_are_elsewhere_are_kept(folder, capsys):
+    Path("all.json").write_text('{"other/lab/seed3": {"commit": "c", "reward": [0.5], "largest_kl": null}}\n')
+    assert archive.main(["all.json"]) == 0
+    found = json.loads(Path("all.json").read_text())
+    assert sorted(found) == ["capo_aggressive/lab/seed2", "other/lab/seed3"]
+    assert found["other/lab/seed3"]["reward"] == [0.5]
+    Path("all.json").write_text("{broken")
+    assert archive.main(["all.json"]) == 2
+    assert "all.json is no archive of runs" in capsys.readouterr().err
+    assert Path("all.json").read_text() == "{broken"

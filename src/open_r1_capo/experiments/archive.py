@@ -3,6 +3,7 @@
     .venv/bin/python -m open_r1_capo.experiments.archive docs/figures/experiments.json
 
 One entry for each run, by its folder under `outputs/experiments`: commit, reward of every step, largest measured KL.
+Runs that the file has and this machine has not are kept.
 """
 
 from __future__ import annotations
@@ -35,11 +36,15 @@ def write(path: Path) -> None:
     runs = [run for run in runs if run.summary is not None]
     if not runs:
         raise UserError(f"there are no finished runs in {OUTPUTS}: make experiment makes some")
-    lines = [f'"{run.path.relative_to(OUTPUTS)}": {json.dumps(entry(run))}' for run in runs]
     try:
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        entries = kept | {str(run.path.relative_to(OUTPUTS)): entry(run) for run in runs}
+        lines = [f"{json.dumps(name)}: {json.dumps(one)}" for name, one in sorted(entries.items())]
         write_atomically(path, "{\n" + ",\n".join(lines) + "\n}\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror})") from None
+    except ValueError:
+        raise UserError(f"{path} is no archive of runs: name another file, or delete it") from None
 
 
 def main(argv: list[str] | None = None) -> int:
