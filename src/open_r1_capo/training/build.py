@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PrinterCallback
 from trl import GRPOConfig
 
 from open_r1_capo.settings.run import RunConfig, read
@@ -70,6 +71,12 @@ def check_machine(config: RunConfig, use_cpu: bool = False) -> None:
 
 def grpo_config(values: dict[str, Any]) -> GRPOConfig:
     """TRL's arguments from the values of `read`; raises ConfigError if TRL refuses them."""
+    known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
+    for name in values.get("generation_kwargs") or {}:
+        if name not in known and not values["use_vllm"]:  # transformers takes any name, and reads those that it knows
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"generation_kwargs.{name} is no setting of transformers' GenerationConfig{hint}")
     try:
         return GRPOConfig(**values)
     except (ValueError, TypeError) as error:
