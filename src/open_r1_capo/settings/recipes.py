@@ -27,7 +27,7 @@ SHORT = {"reward": "reward_funcs"}
 PATHS = ("data.path", "model_name_or_path", "output_root", "reward_funcs")  # whose values are no grammar of Hydra's
 PLAIN = re.compile(r"[\w./:%@+-]*|\[.*\]", re.ASCII)  # what Hydra reads as it stands; a list
 ALIASES = dict.fromkeys(("lora", "peft", "peft_config", "use_lora"), "use_peft")  # what others call it
-ANY_SOURCE = ("name", "path", "max_prompt_tokens")  # settings of `data` that every source reads
+ANY_SOURCE = ("name", "path", "max_prompt_tokens", "long_prompts")  # settings of `data` that every source reads
 
 
 def known_recipes() -> list[str]:

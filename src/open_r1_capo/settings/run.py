@@ -36,13 +36,16 @@ class DataConfig:
     split: str = "train"  # of the hub data set
     problem_column: str | None = None  # null finds it
     answer_column: str | None = None  # null finds it
-    max_prompt_tokens: int | None = 512  # longer prompts are left out (Table 2: 512); null keeps all
+    max_prompt_tokens: int | None = 512  # of a prompt with its template (Table 2: 512); null is any number
+    long_prompts: str = "leave_out"  # what becomes of longer ones: leave_out, or cut_left (to their last tokens)
     problems: int = 2000  # how many to draw, from a source that draws them
     variant: str = "base"  # their kind, such as one of the lab's eight, in training and in `evaluation.problems`
     options: dict[str, Any] = field(default_factory=dict)  # the settings of a reasoning-gym task, such as max_terms
 
     def __post_init__(self):
-        """Check ranges; raises ValueError."""
+        """Check choices and ranges; raises ValueError."""
+        if self.long_prompts not in ("leave_out", "cut_left"):
+            raise ValueError(f"long_prompts must be leave_out or cut_left, got {self.long_prompts!r}")
         at_least(1, problems=self.problems, max_prompt_tokens=self.max_prompt_tokens)
         if not isinstance(self.options, dict):
             raise ValueError(f"options is a group of settings: write data.options.<name>=, got {self.options!r}")
@@ -288,6 +291,11 @@ def _check_batch(run: RunConfig, trl: dict[str, Any], processes: int) -> None:
         raise ConfigError(
             f"capo.granularity={capo.granularity} judges completions together that one forward pass must hold: "
             f"run one process with {MICRO}={completions}"
+        )
+    if capo.on and capo.hidden_states == "one_late" and run.share_prompts:
+        raise ConfigError(
+            "capo.hidden_states=one_late reads the state at a completion's last token, which share_prompts=true does not "
+            "compute: set share_prompts=false"
         )
     if not capo.weighs:
         return

@@ -1,5 +1,4 @@
-r"""Rewards under Open-R1's names: accuracy (math-verify), format and tag_count; strict_accuracy, the paper's; and score, of
-reasoning-gym's tasks.
+r"""Rewards under Open-R1's names, accuracy (math-verify), format and tag_count; the paper's and reasoning-gym's.
 
     accuracy, layout = get_reward_funcs(["accuracy", "format"])
     accuracy(["so it is \\boxed{4}"], solution=["4"])  # [1.0]; None where the gold answer cannot be parsed

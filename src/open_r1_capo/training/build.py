@@ -129,10 +129,10 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def load_dataset(config: RunConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
-    """Rows with `prompt` and `solution`, without prompts that are too long; raises ConfigError if none is left."""
+    """Rows with `prompt` and `solution`; where long prompts are left out, ConfigError if no row is left."""
     data = config.data
     rows = to_prompts(problem_source(data.name, data.path).training(data, seed), system_prompt(config))
-    if data.max_prompt_tokens is None:
+    if data.max_prompt_tokens is None or data.long_prompts == "cut_left":
         return rows
 
     def short(row: dict[str, Any]) -> bool:
@@ -170,7 +170,9 @@ def make_trainer(
     try:
         common = {"model": model, "reward_funcs": rewards, "args": args, "train_dataset": dataset}
         common |= {"processing_class": tokenizer, "advantage_baseline": config.advantage_baseline}
-        common |= {"peft_config": adapters(config, model), "share_prompts": config.share_prompts}
+        cut = config.data.max_prompt_tokens if config.data.long_prompts == "cut_left" else None
+        common |= {"peft_config": adapters(config, model), "max_prompt_tokens": cut}
+        common |= {"share_prompts": config.share_prompts}
         if config.capo.on:
             records = token_records(config, args, tokenizer)
             trainer = kind(**common, capo=config.capo, budget=config.budget, records=records)

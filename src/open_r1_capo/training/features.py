@@ -177,6 +177,11 @@ def predicting(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden[:, -mask.shape[1] - 1 : -1][mask]
 
 
+def one_late(hidden: Tensor, mask: Tensor) -> Tensor:
+    """(N, D), as `predicting`, but each token's own hidden state, which predicts the token after it."""
+    return hidden[:, -mask.shape[1] :][mask]
+
+
 @torch.no_grad()
 def policy_support(
     model: PreTrainedModel, hidden: Tensor, actions: Tensor, temperature: float, top_k: int, with_sums: bool = False
