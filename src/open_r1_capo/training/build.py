@@ -218,7 +218,11 @@ def held_out(
     def measure(function: Callable, problems: Any) -> dict[str, Any]:
         policy = trainer.accelerator.unwrap_model(trainer.model)
         options = {"samples": wanted.samples, "system_prompt": system_prompt(config)}
-        options |= {"temperature": trainer.temperature, "max_new_tokens": trainer.max_completion_length}
+        sampler = trainer.args.generation_kwargs or {}  # may sample at another temperature than the loss takes
+        options |= {
+            "temperature": sampler.get("temperature", trainer.temperature),
+            "max_new_tokens": trainer.max_completion_length,
+        }
         return function(policy, tokenizer, problems, reward, **options)
 
     problems = source.held_out(config.data, wanted.problems) if wanted.problems else []
