@@ -314,8 +314,8 @@ def _check_batch(run: RunConfig, trl: dict[str, Any], processes: int) -> None:
         )
     if capo.on and capo.hidden_states == "one_late" and run.share_prompts:
         raise ConfigError(
-            "capo.hidden_states=one_late reads the state at a completion's last token, which share_prompts=true leaves "
-            "out: set share_prompts=false"
+            "capo.hidden_states=one_late reads the state at a completion's last token, which share_prompts=true "
+            "leaves out: set share_prompts=false"
         )
     if not capo.weighs:
         return

@@ -82,9 +82,7 @@ def _by_name(name: str, value: Any) -> Any:
             value = None
     path = isinstance(value, str) and not name.endswith("_kwargs")
     if not isinstance(value, dict) and not path:
-        raise ConfigError(
-            f"{name} takes values by name: write {name}.<key>=<value> for each, or all as {name}={{<key>:<value>,…}}"
-        )
+        raise ConfigError(f"{name} takes values by name: write {name}.<key>=<value> for each")
     return value
 
 
