@@ -3,7 +3,7 @@
 # lighteval 0.13 needs another latex2sympy2_extended than math-verify 0.9, and vLLM for the CPU another build than the
 # trainer's extra: each has an environment of its own, built on first use and again when setup.py changes.
 
-TAKES_eval := MODEL RUN TASKS SAMPLES LIMIT DATA OUT BACKEND MAX_TOKENS TEMPERATURE TOP_P
+TAKES_eval := MODEL RUN TASKS SAMPLES LIMIT DATA OUT BACKEND MAX_TOKENS MAX_LENGTH PROMPT TEMPERATURE TOP_P
 TAKES_eval-model := MODEL RUN
 TAKES_serve := MODEL HOST PORT TP DP
 TAKES_data-check := DATA TRAIN

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +36,31 @@ def test_probability_weight():
     expected = [0.3 * p + 0.7 for p in prob.tolist()]
     assert rules.Probability(0.3).weight(tokens, None, None).tolist() == pytest.approx(expected, rel=1e-12)
     assert rules.Probability(0.0).weight(tokens, None, None).tolist() == [1.0] * 3
+
+
+def test_improbable_leaves_out_as_many_tokens_as_the_mask():
+    """Of the tokens with a gradient those of least π(a) under the full policy, by sorting Python numbers."""
+    batch, _ = oracle.random_batch(60, 4, vocab=9, seed=3)
+    batch = replace(batch, advantages=batch.advantages.masked_fill(torch.arange(60) % 5 == 0, 0))
+    log_mass = -torch.rand(60, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    shifts = [torch.rand(60, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (2, 3)]
+    shifts = [shift.where(batch.advantages != 0, 0) for shift in shifts]
+    shifts[0][[1, 7]] = math.nan
+    bounds = {"max_policy_shift": 0.7, "max_objective_shift": 0.9}
+    mask = rules.Mask(**bounds).judge(*shifts)
+    found = rules.Improbable(**bounds).select(batch, log_mass, shifts)
+    prob = {
+        i: float(batch.probs[i, batch.action_index[i]]) * math.exp(float(log_mass[i]))
+        for i in range(60)
+        if batch.advantages[i] != 0 and i not in (1, 7)
+    }
+    count = sum(1 for i in prob if shifts[0][i] > 0.7 or shifts[1][i] >= 0.9)
+    least = sorted(prob, key=prob.get)[:count]
+    assert 10 < count < len(prob)
+    assert set((found.weight == 0).nonzero()[:, 0].tolist()) == {1, 7, *least}
+    assert set(found.other.nonzero()[:, 0].tolist()) == set(least)
+    assert found.weight.sum() == mask.weight.sum()
+    assert not torch.equal(found.weight, mask.weight)
 
 
 def test_covariance_sums_to_the_covariance():
@@ -121,6 +147,7 @@ NEUTRAL = {
     "probability": {"probability_alpha": 0.0},
     "covariance": {"covariance_frac": 0.0},
     "gradient_norm": {"max_token_gradient": math.inf},
+    "improbable": {"max_policy_shift": math.inf},
     "observe": {"skip_gradient_norm": 1e9, "step_rule": "adapt", "step_policy_shift": 1e9},
 }
 
@@ -148,6 +175,7 @@ def test_each_rival_weighs_the_tokens(build):
         ("probability", {"probability_alpha": 0.4}),
         ("gradient_norm", {"max_token_gradient": 100.0}),
         ("covariance", {"covariance_frac": 0.2, "covariance_low": -9.0, "covariance_high": 9.0}),
+        ("improbable", {"max_policy_shift": 650.0}),
     ):
         trainer = build({"mode": mode, "denominator": "all", "top_k": 1000, **constants}, max_steps=1)
         with torch.no_grad():
@@ -166,8 +194,12 @@ def test_each_rival_weighs_the_tokens(build):
             )
             assert torch.allclose(weight.double(), (100 / norm).clamp(max=1), atol=1e-5)
             assert 0 < (weight < 1).sum() < len(weight)
-        else:
+        elif mode == "covariance":
             assert (weight == 0).sum() == int(0.2 * len(tokens))
+        else:
+            out, moving = weight == 0, tokens.advantages != 0
+            assert out.sum() == (part.by_rule.policy_shift > 650).sum() > 0
+            assert prob[out].max() <= prob[~out & moving].min()
         row = tiny_trainer.history(trainer)[0]
         assert row["capo/mean_weight"] == pytest.approx(float(weight.mean()), rel=1e-5)
         assert row["capo/rejected_frac_other"] == pytest.approx(float((weight == 0).float().mean()))

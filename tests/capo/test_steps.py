@@ -228,12 +228,38 @@ def test_wrong_use_names_what_is_wrong():
         AdamStep(11, 7, moment_average="mean")
 
 
+def closed_form_and_exact(logits, actions, dtype):
+    """m_F and m_H by the closed form on logits of a dtype, and by the oracle's formulas in float64."""
+    n = len(logits)
+    features, advantages = torch.full((n, 2), 0.5, dtype=dtype), torch.linspace(-1, 1, n, dtype=dtype)
+    batch = TokenBatch(features, torch.zeros(n, 1, dtype=torch.int64), torch.ones(n, 1, dtype=dtype),
+                       torch.zeros(n, dtype=torch.int64), advantages)  # fmt: skip
+    found = sgd_shifts(batch, VocabularySums.of(logits.to(dtype).softmax(1), actions), LR)
+    p = logits.double().softmax(1)
+    others = p.scatter(1, actions[:, None], 0)
+    v = torch.where(others == 0, others.sum(1, keepdim=True), -others)  # e_a - π, its action as the sum of the others
+    stretch = advantages.double() * 0.5
+    slope, mean = stretch * v.square().sum(1), (p * v).sum(1, keepdim=True)
+    variance = stretch.square() * (p * (v - mean).square()).sum(1)
+    hessian = advantages.double() * (slope.square() - variance)
+    return found, (0.5 * LR**2 * slope.square(), LR * advantages.double() * slope + 0.5 * LR**2 * hessian)
+
+
+def test_sgd_closed_form_of_nearly_certain_tokens_in_float32():
+    """1 - π from 1e-7 to 0.5: nothing of the closed form cancels."""
+    rest = torch.logspace(-7, -0.31, 60, dtype=torch.float64)
+    logits = torch.randn(60, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits[:, 3] = logits[:, 4:].logsumexp(1) + (1 / rest).sub(1).log()
+    logits[:, :3] = -40.0
+    found, exact = closed_form_and_exact(logits, torch.full((60,), 3), torch.float32)
+    for ours, true in zip(found, exact, strict=True):
+        assert ((ours.double() - true).abs() / true.abs()).max() < 1e-4
+
+
 def test_sgd_closed_form_over_the_full_vocabulary():
     n, d, vocab = 10, 4, 9
     batch, _ = random_batch(n, vocab, d, vocab, padding=False)
     z = SGDStep().propose(batch)
-    p = batch.probs
-    sums = VocabularySums(p.gather(1, batch.action_index[:, None])[:, 0], p.square().sum(1), p.pow(3).sum(1))
-    m_f, m_h = sgd_shifts(batch, sums, LR)
+    m_f, m_h = sgd_shifts(batch, VocabularySums.of(batch.probs.clone(), batch.action_index), LR)
     assert relative_error(m_f, policy_shift(batch, z, LR)) < ERROR
     assert relative_error(m_h, objective_shift(batch, z, LR)) < ERROR

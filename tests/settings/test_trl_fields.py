@@ -6,9 +6,11 @@ import sys
 import pytest
 
 from open_r1_capo.settings import trl_fields
-from open_r1_capo.settings.run import RunConfig
+from open_r1_capo.settings.recipes import compose_recipe
+from open_r1_capo.settings.run import RunConfig, read
 from open_r1_capo.settings.trl_fields import TRL_FIELDS
-from open_r1_capo.settings.values import convert, kinds, schema
+from open_r1_capo.settings.values import ConfigError, convert, kinds, schema
+from open_r1_capo.training.build import build
 
 
 def test_the_stored_fields_are_those_of_the_installed_trl():
@@ -33,7 +35,7 @@ def test_settings_need_no_torch():
         (int, ("int",)),
         (float | None, ("float", "null")),
         (list[str] | str | None, ("list", "str", "null")),
-        (dict | str | None, ()),
+        (dict[str, int] | str | None, ("dict", "str", "null")),
     ],
 )
 def test_kinds(hint, expected):
@@ -46,3 +48,37 @@ def test_convert_takes_known_values_only():
     assert convert(settings, names) == {"a": 1.0, "b": ["x"], "c": {"any": 1}, "g": {"d": None}}
     assert isinstance(convert(settings, names)["a"], float)
     assert schema(RunConfig)["lab.mixture.slip"] == ("float",)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["generation_kwargs.min_p=0.1", "generation_kwargs.top_k=5"],
+        ["generation_kwargs={min_p:0.1,top_k:5}"],
+        ["generation_kwargs={min_p: 0.1}", "generation_kwargs.top_k=5"],
+        ["""generation_kwargs='{"min_p": 0.1, "top_k": 5}'"""],
+    ],
+)
+def test_values_by_name_are_written_in_three_ways(overrides):
+    _, trl = read(compose_recipe("grpo_aggressive", overrides))
+    assert trl["generation_kwargs"] == {"min_p": 0.1, "top_k": 5}
+
+
+@pytest.mark.parametrize(
+    "override", ["generation_kwargs=5", "model_init_kwargs=bfloat16", "lr_scheduler_kwargs='{num_cycles: 1}'"]
+)
+def test_values_by_name_that_are_not_are_refused(override):
+    name = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"{name} takes values by name: write {name}\.<key>=<value>"):
+        read(compose_recipe("grpo_aggressive", [override]))
+
+
+def test_a_misspelt_setting_of_the_sampler_is_refused():
+    with pytest.raises(ConfigError, match=r"generation_kwargs\.temprature is no setting .* did you mean temperature"):
+        build(compose_recipe("grpo_aggressive", ["generation_kwargs.temprature=0.9"]))
+    build(compose_recipe("grpo_aggressive", ["generation_kwargs.temperature=0.9"]))
+
+
+def test_a_file_of_values_stays_a_path():
+    _, trl = read(compose_recipe("grpo_aggressive", ["deepspeed=recipes/zero.json"]))
+    assert trl["deepspeed"] == "recipes/zero.json"

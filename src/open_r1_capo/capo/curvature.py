@@ -101,24 +101,36 @@ def subset_mean(batch: TokenBatch, values: Tensor, granularity: str) -> Tensor:
 
 @dataclass(frozen=True)
 class VocabularySums:
-    """What the SGD model's closed form needs of the policy over the *full* vocabulary, per token."""
+    """What the SGD model's closed form needs of the policy over the *full* vocabulary, per token.
+
+    The sums leave the sampled action out: for an action of probability near 1, a difference of whole sums, such as
+    1 - 2π_a + Σπ², would be rounding alone.
+    """
 
     action_prob: Tensor  # (N,), π_a
-    square: Tensor  # (N,), Σπ²
-    cube: Tensor  # (N,), Σπ³
+    rest: Tensor  # (N,), q = Σ_{j≠a} π_j = 1 - π_a
+    square: Tensor  # (N,), S₂ = Σ_{j≠a} π_j²
+    cube: Tensor  # (N,), S₃ = Σ_{j≠a} π_j³
+
+    @staticmethod
+    def of(probs: Tensor, actions: Tensor) -> VocabularySums:
+        """Of policies (N, V) and the sampled actions (N,) int64."""
+        others = probs.scatter(1, actions[:, None], 0)
+        action_prob = probs.gather(1, actions[:, None])[:, 0]
+        return VocabularySums(action_prob, others.sum(1), others.square().sum(1), others.pow(3).sum(1))
 
 
 def sgd_shifts(batch: TokenBatch, sums: VocabularySums, lr: float) -> tuple[Tensor, Tensor]:
     """m_F and m_H, (N,) each, of a token's own SGD step over the full vocabulary: D = A v ⊗ x, z = A ‖x‖² v.
 
-    With vᵀv = 1 - 2π_a + Σπ², Σπv = π_a - Σπ² and Σπv² = π_a - 2π_a² + Σπ³, no support is needed. Of the batch, only
-    features and advantages are read; `sums` are over the full vocabulary, `lr` is α.
+    With vᵀv = q² + S₂ and Var_π(v) = π_a q³ + 2π_a q S₂ + S₃ - S₂², no support is needed. Of the batch, only features
+    and advantages are read; `sums` are over the full vocabulary, `lr` is α.
     """
-    action, square, cube = sums.action_prob, sums.square, sums.cube
+    action, rest, square, cube = sums.action_prob, sums.rest, sums.square, sums.cube
     advantages = batch.advantages.to(batch.dtype)
     stretch = advantages * batch.features.to(batch.dtype).square().sum(1)
-    slope = stretch * (1 - 2 * action + square)
-    variance = stretch.square() * (action - 2 * action.square() + cube - (action - square).square())
+    slope = stretch * (rest.square() + square)
+    variance = stretch.square() * (action * rest * (rest.square() + 2 * square) + cube - square.square())
     fisher_N = slope.square()
     objective = lr * advantages * slope + 0.5 * lr**2 * advantages * (fisher_N - variance)
     return 0.5 * lr**2 * fisher_N, objective

@@ -5,12 +5,14 @@
 | `observe` | 1: shifts are logged, nothing changes | |
 | `mask` | 0 outside the bounds on m_F and m_H | Eq. 11 |
 | `scale` | √(δ_F / m_F) above δ_F; 0 outside the bounds on m_H | ours |
+| `improbable` | 0 for the least probable tokens, as many as `mask` would leave out | ours |
 | `probability` | α π(a) + 1 - α: advantage reweighting (AR) | arXiv 2505.12929 |
 | `covariance` | 0 for a few random tokens of large Cov(log π, A): Clip-Cov | arXiv 2505.22617 |
 | `gradient_norm` | min(1, c / ‖g‖): clipping, token by token | after arXiv 1211.5063 |
 
 The last three are rivals that act in CAPO's own regime, one update a batch, where every probability ratio is 1 and
-clipped ratios change nothing.
+clipped ratios change nothing. `improbable` asks whether the mask's curvature matters: under the Adam model m_F is
+nearly a monotone function of 1 - π(a) (docs/deviations.md).
 
 A rule is a dataclass whose fields are its settings, named as in the group `capo` of a recipe. To add one: write its
 class, name it in `RULES`, and give it a file in `recipes/rule/`. torch is imported where it is used, so that settings
@@ -126,6 +128,26 @@ class Scale(Mask):
         return inside.where(judged.over_policy, inside.new_ones(()))
 
 
+@dataclass(frozen=True)
+class Improbable(Mask):
+    """Leave out as many tokens of a micro-batch as `Mask` would, but those of the smallest π(a).
+
+    Its settings are the mask's; tokens of A = 0, which a mask never leaves out, are never chosen either. What differs
+    from a run with the mask is which tokens are left out, and nothing else.
+    """
+
+    name: ClassVar[str] = "improbable"
+
+    def select(self, tokens, log_mass, shifts, generator=None) -> TokenSelection:
+        """As `TokenRule.select`."""
+        judged = self.judge(*shifts)
+        count = int(((judged.weight == 0) & ~judged.non_finite).sum())
+        log_prob = tokens.action_log_prob(log_mass)
+        candidates = ((tokens.advantages != 0) & ~judged.non_finite).nonzero()[:, 0]
+        least = candidates[log_prob[candidates].argsort(stable=True)[:count]]
+        return observed(*shifts).weighted(judged.weight.new_ones(len(judged.weight)).index_fill(0, least, 0))
+
+
 class Rival(TokenRule, ABC):
     """A rule that weighs by something else than the shifts; they are logged, and one that is not finite rejects."""
 
@@ -224,7 +246,7 @@ class GradientNorm(Rival):
 
 
 RULES: dict[str, type[TokenRule]] = {
-    rule.name: rule for rule in (TokenRule, Mask, Scale, Probability, Covariance, GradientNorm)
+    rule.name: rule for rule in (TokenRule, Mask, Scale, Improbable, Probability, Covariance, GradientNorm)
 }
 
 

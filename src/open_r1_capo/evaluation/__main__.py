@@ -39,9 +39,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--max-tokens", type=int, help="longest answer (default: 3072, or what the context allows)")
+    parser.add_argument("--max-length", type=int, help="longest prompt and answer together, in place of the former")
+    parser.add_argument("--prompt", help="file with the user's turn, {problem} in it; without a system turn")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    for name in ("samples", "limit", "max_tokens"):
+    for name in ("samples", "limit", "max_tokens", "max_length"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if not (options.temperature >= 0 and 0 < options.top_p <= 1):

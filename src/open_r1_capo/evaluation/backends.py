@@ -195,7 +195,7 @@ def by_samples(job: Job, benchmarks: Sequence[Benchmark]) -> list[list[Benchmark
 def run_vllm(job: Job, benchmarks: Sequence[Benchmark]) -> None:
     """Evaluate through a vLLM server of our own."""
     memory, port = vllm.gpu_memory(), vllm.free_port()
-    command = vllm.vllm_command(str(VLLM), job.model.folder, port, memory, max_length=None)
+    command = vllm.vllm_command(str(VLLM), job.model.folder, port, memory, job.model.max_length and job.model.context)
     health, log = f"http://127.0.0.1:{port}/health", job.folder / "server.log"
     with vllm.serve(command, health, log, vllm.vllm_environment(on_cpu=not memory)) as server:
         for group in by_samples(job, benchmarks):

@@ -11,16 +11,16 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from open_r1_capo.evaluation import EvalError, backends, results, scoring, suite
 from open_r1_capo.evaluation.backends import LAUNCHER, ROOT, TASKS, Job, Sampling
-from open_r1_capo.evaluation.model import Model
+from open_r1_capo.evaluation.model import Model, with_user_prompt
 from open_r1_capo.evaluation.suite import Benchmark
 from open_r1_capo.runs.run import write_atomically
 from open_r1_capo.tasks import data, rewards, verifier
-from open_r1_capo.tasks.data import DataError, prompt_template_hash
+from open_r1_capo.tasks.data import DataError, check_user_prompt, prompt_template_hash, read_prompt
 
 RESERVED = 1024  # tokens of the context that are left to the prompt, if it is long
 LONGEST = 3072  # tokens of an answer
@@ -63,9 +63,11 @@ def claim(folder: Path, model: Model) -> None:
 
 
 def prepare_data(
-    benchmarks: Sequence[Benchmark], source: Path | None, folder: Path
+    benchmarks: Sequence[Benchmark], source: Path | None, folder: Path, user_prompt: str = "{problem}"
 ) -> tuple[list[Benchmark], dict[str, str], list[str]]:
     """Write the test sets into `folder`, where lighteval reads them; `source` has local files, None is the hub.
+
+    A problem becomes the user's turn that `user_prompt` makes of it; GPQA's questions have their own.
 
     Returns:
         The test sets that can be read, their sha256 by name, and the titles of those that cannot (gated GPQA-Diamond).
@@ -83,6 +85,8 @@ def prepare_data(
             print(f"eval: TEST without {benchmark.title}: {error}", file=sys.stderr)
             missing.append(benchmark.title)
             continue
+        if benchmark.kind != "choice":
+            rows = [row | {"problem": user_prompt.replace("{problem}", row["problem"])} for row in rows]
         hashes[benchmark.name] = suite.write_records(rows, folder / benchmark.name / "test.jsonl")
         present.append(benchmark)
     return present, hashes, missing
@@ -115,22 +119,46 @@ def stored(out: Path, name: str, key: str) -> list[dict] | None:
     return outcome["problems"] if outcome.get("key") == key else None
 
 
+def as_asked(model: Model, options: argparse.Namespace) -> Model:
+    """The model with the command line's prompt and length; an EvalError for a prompt without {problem}."""
+    if options.max_length:
+        model = replace(model, max_length=options.max_length)
+    if options.prompt is None:
+        return model
+    text = read_prompt(options.prompt)
+    try:
+        check_user_prompt(text, f"the prompt in {options.prompt}")
+    except ValueError as error:
+        raise EvalError(str(error)) from None
+    return with_user_prompt(model, text)
+
+
+def longest(model: Model) -> int:
+    """Tokens of an answer: LONGEST or what the context leaves; all of a length that was asked for, prompt included."""
+    if model.max_length:
+        return model.context  # a request whose prompt leaves less gets what there is
+    return max(1, min(LONGEST, model.context - min(RESERVED, model.context // 4))) if model.context else LONGEST
+
+
 def evaluate(model: Model, options: argparse.Namespace, out: Path) -> dict:
     """Evaluate one model with the command line's options; returns the content of results.json."""
     claim(out, model)
-    present, hashes, missing = prepare_data(suite.select(options.tasks, model.suite), options.data, out / "data")
+    model = as_asked(model, options)
+    chosen = suite.select(options.tasks, model.suite)
+    present, hashes, missing = prepare_data(chosen, options.data, out / "data", model.user_prompt)
     backend = backends.choose_backend(options.backend)
-    longest = max(1, min(LONGEST, model.context - min(RESERVED, model.context // 4))) if model.context else LONGEST
-    sampling = Sampling(options.temperature, options.top_p, options.max_tokens or longest, options.seed)
+    sampling = Sampling(options.temperature, options.top_p, options.max_tokens or longest(model), options.seed)
     generating, scoring_versions = backends.versions(backend)
     identity = {
         "model": model.fingerprint,
-        "template": prompt_template_hash(model.system_prompt),
+        "template": prompt_template_hash(model.system_prompt, model.user_prompt),
         "sampling": asdict(sampling),
         "backend": backend,
         "versions": generating,
         "launcher": hashlib.sha256(LAUNCHER.read_bytes()).hexdigest()[:16],
     }
+    if model.max_length:
+        identity["max_length"] = model.max_length
     sources = scoring_sources()
     shared = identity | {"scoring": [sources, scoring_versions], "limit": options.limit}
     samples = {b.name: options.samples or b.samples for b in present}
@@ -149,7 +177,8 @@ def evaluate(model: Model, options: argparse.Namespace, out: Path) -> dict:
     evaluation = {
         "model": {"name": model.name, "fingerprint": model.fingerprint},
         "settings": identity["sampling"]
-        | {"samples": samples, "limit": options.limit, "backend": backend, "system_prompt": model.system_prompt}
+        | {"samples": samples, "limit": options.limit, "backend": backend, "max_length": model.max_length}
+        | {"system_prompt": model.system_prompt, "user_prompt": model.user_prompt}
         | {"prompt_template": identity["template"], "scoring": sources},
         "data": {"source": str(options.data or "hub"), "sha256": hashes},
         "versions": generating | scoring_versions,

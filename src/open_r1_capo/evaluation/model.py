@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,14 @@ class Model:
     fingerprint: str
     suite: str  # the test sets that fit it, a name of `suite.SUITES`
     system_prompt: str  # the one it was trained with; "" for none
+    user_prompt: str = "{problem}"  # the user's turn
+    max_length: int | None = None  # tokens of prompt and answer together, where that is asked for
 
     @property
     def context(self) -> int | None:
-        """Longest sequence in tokens, if its configuration says so."""
-        return json.loads((self.folder / "config.json").read_text()).get("max_position_embeddings")
+        """Longest sequence in tokens: what its configuration says, or less if that is asked for; None if neither."""
+        own = json.loads((self.folder / "config.json").read_text()).get("max_position_embeddings")
+        return min((length for length in (own, self.max_length) if length), default=None)
 
 
 def fingerprint(folder: Path) -> str:
@@ -91,9 +94,16 @@ def resolve(name: str, settings: Mapping[str, Any] | None = None) -> Model:
         )
     if not (folder / "config.json").is_file() or not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         raise EvalError(f"{folder} holds no model (config.json and weights as .safetensors)")
-    trained = _training_settings(folder)
+    trained = _training_settings(folder) or dict(settings or {})
     source = policy_source(trained["model_name_or_path"]) if "model_name_or_path" in trained else source_of(folder)
     prompt = trained.get("system_prompt")
     if prompt is None:
         prompt = SYSTEM_PROMPT if source.system_prompt is None else source.system_prompt
-    return Model(name, folder.resolve(), fingerprint(folder), source.suite, str(prompt))
+    own, found = trained.get("evaluation") or {}, (name, folder.resolve(), fingerprint(folder), source.suite)
+    model = Model(*found, str(prompt), max_length=own.get("max_length"))
+    return model if own.get("prompt") is None else with_user_prompt(model, own["prompt"])
+
+
+def with_user_prompt(model: Model, text: str) -> Model:
+    """The model, asked by a user's turn with {problem} in it and no system turn."""
+    return replace(model, system_prompt="", user_prompt=text)

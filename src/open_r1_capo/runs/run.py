@@ -22,7 +22,7 @@ SUMMARY = ("recipe", "scale", "seed", "steps", "completions", "reward_windows", 
 # a group of settings that are compared themselves
 NOT_IDENTITY = (
     "overwrite", "output_root", "report_to", "run_name", "num_threads", "token_records",
-    "method", "rule", "regime", "generation",
+    "method", "rule", "regime", "generation", "fidelity",
     "allow_other_processes", "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_group_port",
 )  # fmt: skip
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where libyaml is

@@ -30,6 +30,8 @@ class CAPOConfig:
     optimizer_model: str = "adam"  # adam or sgd (App. I), the model of the step
     top_k: int = 50  # k of the support; the sampled token is always added
     granularity: str = "token"  # what is judged: token, sequence, group or batch (within one micro-batch of one rank)
+    # of the step model: `aligned` predict the token, `one_late` is the token's own, which the authors' code reads
+    hidden_states: str = "aligned"
     denominator: str = "kept"  # GRPO divides a sequence by its `kept` tokens, or by `all`
     moment_average: str = "per_logit"  # per_logit or per_token, see `AdamStep`
     absent_rows: str = "hold"  # hold or decay, see `AdamStep`
@@ -42,6 +44,7 @@ class CAPOConfig:
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "optimizer_model": ("adam", "sgd"),
         "granularity": ("token", "sequence", "group", "batch"),
+        "hidden_states": ("aligned", "one_late"),
         "denominator": ("kept", "all"),
         "moment_average": ("per_logit", "per_token"),
         "absent_rows": ("hold", "decay"),

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from open_r1_capo.settings.capo import unread
 from open_r1_capo.settings.run import GROUPS, SETTINGS
 from open_r1_capo.settings.values import GROUP, ConfigError, Kinds
+from open_r1_capo.tasks.data import read_prompt
 from open_r1_capo.tasks.source import problem_source
 
 INSTALLED = Path(__file__).resolve().parents[1] / "recipes"  # by pip, without the repository
@@ -27,7 +28,7 @@ SHORT = {"reward": "reward_funcs"}
 PATHS = ("data.path", "model_name_or_path", "output_root", "reward_funcs")  # whose values are no grammar of Hydra's
 PLAIN = re.compile(r"[\w./:%@+-]*|\[.*\]", re.ASCII)  # what Hydra reads as it stands; a list
 ALIASES = dict.fromkeys(("lora", "peft", "peft_config", "use_lora"), "use_peft")  # what others call it
-ANY_SOURCE = ("name", "path", "max_prompt_tokens")  # settings of `data` that every source reads
+ANY_SOURCE = ("name", "path", "max_prompt_tokens", "long_prompts")  # settings of `data` that every source reads
 
 
 def known_recipes() -> list[str]:
@@ -72,6 +73,7 @@ def composed(file: str, overrides: list[str], known: Mapping[str, Kinds]) -> dic
         raise ConfigError(f"the recipe {file} cannot be composed: {' '.join(str(error).split())}") from None
     settings = {key: value for key, value in settings.items() if key not in (*TABLES, "hydra")}
     _check_keys(settings, known)
+    _read_prompts(settings)
     return settings
 
 
@@ -100,6 +102,14 @@ def _own_file(settings: dict[str, Any], given: set[str]) -> None:
     for name in ("problems", "suite"):
         if isinstance(evaluation, dict) and f"evaluation.{name}" not in given:
             evaluation.pop(name, None)
+
+
+def _read_prompts(settings: dict[str, Any]) -> None:
+    """Put the text of a file in the place of @<file>; DataError if it cannot be read."""
+    for group, name in ((settings, "system_prompt"), (settings.get("evaluation"), "prompt")):
+        value = group.get(name) if isinstance(group, dict) else None
+        if isinstance(value, str) and value.startswith("@"):
+            group[name] = read_prompt(value[1:])
 
 
 def _key(override: str) -> str:

@@ -16,11 +16,12 @@ from open_r1_capo.settings.budget import BudgetConfig
 from open_r1_capo.settings.capo import CAPOConfig, capo_config, capo_keys
 from open_r1_capo.settings.trl_fields import TRL_FIELDS
 from open_r1_capo.settings.values import ConfigError, Kinds, at_least, convert, make, schema
+from open_r1_capo.tasks.data import check_user_prompt
 from open_r1_capo.tasks.lab.settings import LabSettings
 from open_r1_capo.tasks.smollm2.settings import SmolLM2Settings
 from open_r1_capo.tasks.source import POLICIES, policy_source, problem_source
 
-GROUPS = ("method", "rule", "budget", "regime", "scale", "task", "generation")  # folders of recipes/
+GROUPS = ("method", "rule", "budget", "regime", "scale", "task", "generation", "fidelity")  # folders of recipes/
 # what `fit_machine` chooses where the recipe does not; `use_vllm` only where that is null
 FITTED = ("use_cpu", "bf16", "gradient_checkpointing", MICRO, "use_vllm")
 
@@ -36,13 +37,16 @@ class DataConfig:
     split: str = "train"  # of the hub data set
     problem_column: str | None = None  # null finds it
     answer_column: str | None = None  # null finds it
-    max_prompt_tokens: int | None = 512  # longer prompts are left out (Table 2: 512); null keeps all
+    max_prompt_tokens: int | None = 512  # of a prompt with its template (Table 2: 512); null is any number
+    long_prompts: str = "leave_out"  # what becomes of longer ones: leave_out, or cut_left (to their last tokens)
     problems: int = 2000  # how many to draw, from a source that draws them
     variant: str = "base"  # their kind, such as one of the lab's eight, in training and in `evaluation.problems`
     options: dict[str, Any] = field(default_factory=dict)  # the settings of a reasoning-gym task, such as max_terms
 
     def __post_init__(self):
-        """Check ranges; raises ValueError."""
+        """Check choices and ranges; raises ValueError."""
+        if self.long_prompts not in ("leave_out", "cut_left"):
+            raise ValueError(f"long_prompts must be leave_out or cut_left, got {self.long_prompts!r}")
         at_least(1, problems=self.problems, max_prompt_tokens=self.max_prompt_tokens)
         if not isinstance(self.options, dict):
             raise ValueError(f"options is a group of settings: write data.options.<name>=, got {self.options!r}")
@@ -57,11 +61,16 @@ class EvaluationConfig:
     samples: int = 1  # completions a problem
     suite: int = 0  # held-out problems of each test set, whose mean accuracy is TEST, in eval.jsonl; 0 is off
     every: int = 10  # optimizer steps between two measurements of TEST (App. G: 10)
+    # --- of `make eval` ---
+    prompt: str | None = None  # the user's turn, with {problem} in it and no system turn; null is that of training
+    max_length: int | None = None  # tokens of a prompt and its answer together; null bounds the answer alone
 
     def __post_init__(self):
         """Check ranges; raises ValueError."""
         at_least(0, problems=self.problems, suite=self.suite)
-        at_least(1, samples=self.samples, every=self.every)
+        at_least(1, samples=self.samples, every=self.every, max_length=self.max_length)
+        if self.prompt is not None:
+            check_user_prompt(self.prompt, "prompt")
 
 
 @dataclass
@@ -198,6 +207,8 @@ def read(settings: dict[str, Any], processes: int = 1) -> tuple[RunConfig, dict[
     capo = capo_config(**values.pop("capo", {}))
     ours = {name: value for name, value in values.items() if name in RunConfig.__dataclass_fields__}
     run = make(RunConfig, ours | {"capo": capo})
+    if values.get("fidelity") == "paper":
+        _check_texts(run)
     trl = {name: values.get(name, one.default) for name, one in TRL_FIELDS.items()}
     batch = split_batch(run.completions_per_step, processes, values.get(MICRO), values.get(ACCUMULATION))
     trl |= dict(zip((MICRO, ACCUMULATION), batch, strict=True))
@@ -232,6 +243,18 @@ def _check_policy(values: dict[str, Any]) -> None:
         if source is not policy_source(model) and values.get(source.group or ""):
             key = f"{source.group}.{next(iter(values[source.group]))}"
             raise ConfigError(f"{key} has no effect with model_name_or_path={model}: set that to {name}")
+
+
+def _check_texts(run: RunConfig) -> None:
+    """Refuse `fidelity=paper` with prompts of ours."""
+    measured = problem_source(run.data.name, run.data.path).measured
+    missing = ["system_prompt"] if run.system_prompt is None else []
+    missing += ["evaluation.prompt"] if run.evaluation.prompt is None and not measured else []
+    if missing:
+        raise ConfigError(
+            f"fidelity=paper wants the authors' prompts, which are not ours to copy: set "
+            f"{' and '.join(f'{name}=@<file>' for name in missing)} (docs/deviations.md says where they are published)"
+        )
 
 
 def _check_trl(trl: dict[str, Any]) -> None:
@@ -288,6 +311,11 @@ def _check_batch(run: RunConfig, trl: dict[str, Any], processes: int) -> None:
         raise ConfigError(
             f"capo.granularity={capo.granularity} judges completions together that one forward pass must hold: "
             f"run one process with {MICRO}={completions}"
+        )
+    if capo.on and capo.hidden_states == "one_late" and run.share_prompts:
+        raise ConfigError(
+            "capo.hidden_states=one_late reads the state at a completion's last token, which share_prompts=true "
+            "leaves out: set share_prompts=false"
         )
     if not capo.weighs:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -9,7 +10,14 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from open_r1_capo.runs.exit import UserError
 
 Kinds = tuple[str, ...]  # names of KINDS, and `null`; empty: the field's owner checks its values
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "values by name",
+}
 GROUP: Kinds = ("group",)  # settings inside
 
 
@@ -51,6 +59,8 @@ def convert(settings: dict[str, Any], names: dict[str, Kinds], prefix: str = "")
 
 
 def _convert(name: str, value: Any, wanted: Kinds) -> Any:
+    if "dict" in wanted and value is not None:
+        return _by_name(name, value)
     kind = "null" if value is None else type(value).__name__
     if not wanted or kind in wanted:
         return value
@@ -61,6 +71,19 @@ def _convert(name: str, value: Any, wanted: Kinds) -> Any:
     known = {one.__name__: text for one, text in KINDS.items()}
     what = "a number" if {"int", "float"} <= set(wanted) else next(known[one] for one in wanted if one in known)
     raise ConfigError(f"{name} must be {what}, got {'null' if value is None else repr(value)}")
+
+
+def _by_name(name: str, value: Any) -> Any:
+    """The values of a field that takes several by name, also from JSON text; the path of a file of them stays."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = None
+    path = isinstance(value, str) and not name.endswith("_kwargs")
+    if not isinstance(value, dict) and not path:
+        raise ConfigError(f"{name} takes values by name: write {name}.<key>=<value> for each")
+    return value
 
 
 def make(kind: type, values: dict[str, Any], prefix: str = "") -> Any:

@@ -55,9 +55,24 @@ def make_prompt(problem: str, system_prompt: str | None) -> list[dict]:
     return [*system, {"role": "user", "content": problem}]
 
 
-def prompt_template_hash(system_prompt: str | None) -> str:
+def read_prompt(path: str) -> str:
+    """The text of a prompt that a file holds, without its last line ends; DataError if it cannot be read."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise DataError(f"the prompt in {path} cannot be read ({reason})") from None
+
+
+def check_user_prompt(text: str, name: str) -> None:
+    """Refuse a template of the user's turn without a place for the problem: ValueError, beginning with `name`."""
+    if "{problem}" not in text:
+        raise ValueError(f"{name} must hold {{problem}} where the problem goes, got {text[:60]!r}")
+
+
+def prompt_template_hash(system_prompt: str | None, user_prompt: str = "{problem}") -> str:
     """Identify a prompt template in 16 hex digits: evaluations with different hashes asked different questions."""
-    template = json.dumps(make_prompt("{problem}", system_prompt), sort_keys=True)
+    template = json.dumps(make_prompt(user_prompt, system_prompt), sort_keys=True)
     return hashlib.sha256(template.encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-r"""Rewards under Open-R1's names: accuracy (math-verify), format and tag_count; and score, of reasoning-gym's tasks.
+r"""Rewards under Open-R1's names, accuracy (math-verify), format and tag_count; the paper's and reasoning-gym's.
 
     accuracy, layout = get_reward_funcs(["accuracy", "format"])
     accuracy(["so it is \\boxed{4}"], solution=["4"])  # [1.0]; None where the gold answer cannot be parsed
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from open_r1_capo.tasks.gym.scores import gym_scores
 from open_r1_capo.tasks.own_reward import own_reward
-from open_r1_capo.tasks.verifier import default_verifier
+from open_r1_capo.tasks.verifier import Verifier, default_verifier, strict_verifier
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +39,32 @@ def accuracy_reward(
     """
     if entry is not None:
         return [None if score is None else float(score >= 1) for score in score_reward(completions, entry)]
+    verdicts = _verdicts(default_verifier(), completions, solution)
+    if None in verdicts:
+        logger.warning("%d samples left out: their gold answer cannot be parsed", verdicts.count(None))
+    return [None if verdict is None else float(verdict) for verdict in verdicts]
+
+
+def strict_accuracy_reward(
+    completions: list, solution: list[str] | None = None, entry: list[str] | None = None, **kwargs: object
+) -> list[float | None]:
+    """1.0 for a *boxed or stated* answer that equals the gold answer mathematically, and where that cannot be parsed.
+
+    As in the authors' code: an answer in its last sentence alone, such as "so x = 4", is wrong. Arguments and errors
+    are those of `accuracy_reward`, which scores problems of reasoning-gym.
+    """
+    if entry is not None:
+        return accuracy_reward(completions, entry=entry)
+    verdicts = _verdicts(strict_verifier(), completions, solution)
+    return [1.0 if verdict is None else float(verdict) for verdict in verdicts]
+
+
+def _verdicts(verifier: Verifier, completions: list, solution: list[str] | None) -> list[bool | None]:
     if solution is None or len(solution) != len(completions):
         found = "no column" if solution is None else f"{len(solution)} values"
         raise ValueError(f"the accuracy reward needs `solution` for {len(completions)} completions; there is {found}")
     pairs = [(gold or "", completion_text(text)) for gold, text in zip(solution, completions, strict=True)]
-    verdicts = default_verifier().verify(pairs)
-    if None in verdicts:
-        logger.warning("%d samples left out: their gold answer cannot be parsed", verdicts.count(None))
-    return [None if verdict is None else float(verdict) for verdict in verdicts]
+    return verifier.verify(pairs)
 
 
 def score_reward(completions: list, entry: list[str], **kwargs: object) -> list[float | None]:
@@ -76,6 +94,7 @@ def tag_count_reward(completions: list, **kwargs: object) -> list[float]:
 
 REWARDS: dict[str, Callable] = {
     "accuracy": accuracy_reward,
+    "strict_accuracy": strict_accuracy_reward,
     "format": format_reward,
     "tag_count": tag_count_reward,
     "score": score_reward,

@@ -77,11 +77,15 @@ def _gold_text(solution: str) -> str:
     return solution if delimited or prose or not solution.strip() else f"\\boxed{{{solution.strip()}}}"
 
 
-def _extract(text: str) -> list:
-    """Extract from `text` the box if it has one, else a stated answer, else the last expression."""
+def _extract(text: str, strict: bool = False) -> list:
+    """Extract from `text` the box if it has one, else a stated answer, else (but not if `strict`) the last expression.
+
+    If `strict`, a stated answer counts only as LaTeX between dollar signs.
+    """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
-    targets = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+    latex = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=not strict)
+    targets = (latex,) if strict else (latex, ExprExtractionConfig())
     # first match: a box that cannot be parsed is not rescued by some other number of the completion
     return parse(text, targets, extraction_mode="first_match", parsing_timeout=None)
 
@@ -89,14 +93,14 @@ def _extract(text: str) -> list:
 _extract_gold = functools.lru_cache(maxsize=4096)(_extract)
 
 
-def _judge(gold: str, answer: str | None) -> bool | None:
+def _judge(gold: str, answer: str | None, strict: bool = False) -> bool | None:
     """Compare in this process; None if the gold answer cannot be parsed. Without an answer, only that is asked."""
     from math_verify import verify
 
     golds = _extract_gold(gold)
     if not golds:
         return None
-    return answer is None or bool(verify(golds, _extract(answer), timeout_seconds=None))
+    return answer is None or bool(verify(golds, _extract(answer, strict), timeout_seconds=None))
 
 
 def _warm_up() -> None:
@@ -296,8 +300,15 @@ class Verifier:
         return worker.close()
 
 
+class StrictVerifier(Verifier):
+    """A `Verifier` for which an answer that is neither boxed nor stated as the answer is wrong."""
+
+    program = (__file__, "strict")
+
+
+strict_verifier = functools.cache(StrictVerifier)
 default_verifier = functools.cache(Verifier)  # the pool of this process, started by its first answer
 
 
 if __name__ == "__main__":
-    serve(float(sys.argv[1]), _judge, _warm_up)
+    serve(float(sys.argv[-1]), functools.partial(_judge, strict="strict" in sys.argv), _warm_up)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PrinterCallback
 from trl import GRPOConfig
 
 from open_r1_capo.settings.run import RunConfig, read
@@ -70,6 +71,12 @@ def check_machine(config: RunConfig, use_cpu: bool = False) -> None:
 
 def grpo_config(values: dict[str, Any]) -> GRPOConfig:
     """TRL's arguments from the values of `read`; raises ConfigError if TRL refuses them."""
+    known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
+    for name in values.get("generation_kwargs") or {}:
+        if name not in known and not values["use_vllm"]:  # transformers takes any name, and reads those that it knows
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"generation_kwargs.{name} is no setting of transformers' GenerationConfig{hint}")
     try:
         return GRPOConfig(**values)
     except (ValueError, TypeError) as error:
@@ -122,10 +129,10 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def load_dataset(config: RunConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
-    """Rows with `prompt` and `solution`, without prompts that are too long; raises ConfigError if none is left."""
+    """Rows with `prompt` and `solution`; where long prompts are left out, ConfigError if no row is left."""
     data = config.data
     rows = to_prompts(problem_source(data.name, data.path).training(data, seed), system_prompt(config))
-    if data.max_prompt_tokens is None:
+    if data.max_prompt_tokens is None or data.long_prompts == "cut_left":
         return rows
 
     def short(row: dict[str, Any]) -> bool:
@@ -163,7 +170,9 @@ def make_trainer(
     try:
         common = {"model": model, "reward_funcs": rewards, "args": args, "train_dataset": dataset}
         common |= {"processing_class": tokenizer, "advantage_baseline": config.advantage_baseline}
-        common |= {"peft_config": adapters(config, model), "share_prompts": config.share_prompts}
+        cut = config.data.max_prompt_tokens if config.data.long_prompts == "cut_left" else None
+        common |= {"peft_config": adapters(config, model), "max_prompt_tokens": cut}
+        common |= {"share_prompts": config.share_prompts}
         if config.capo.on:
             records = token_records(config, args, tokenizer)
             trainer = kind(**common, capo=config.capo, budget=config.budget, records=records)
@@ -209,7 +218,11 @@ def held_out(
     def measure(function: Callable, problems: Any) -> dict[str, Any]:
         policy = trainer.accelerator.unwrap_model(trainer.model)
         options = {"samples": wanted.samples, "system_prompt": system_prompt(config)}
-        options |= {"temperature": trainer.temperature, "max_new_tokens": trainer.max_completion_length}
+        sampler = trainer.args.generation_kwargs or {}  # may sample at another temperature than the loss takes
+        options |= {
+            "temperature": sampler.get("temperature", trainer.temperature),
+            "max_new_tokens": trainer.max_completion_length,
+        }
         return function(policy, tokenizer, problems, reward, **options)
 
     problems = source.held_out(config.data, wanted.problems) if wanted.problems else []

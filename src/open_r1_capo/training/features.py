@@ -177,6 +177,11 @@ def predicting(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden[:, -mask.shape[1] - 1 : -1][mask]
 
 
+def one_late(hidden: Tensor, mask: Tensor) -> Tensor:
+    """(N, D), as `predicting`, but each token's own hidden state, which predicts the token after it."""
+    return hidden[:, -mask.shape[1] :][mask]
+
+
 @torch.no_grad()
 def policy_support(
     model: PreTrainedModel, hidden: Tensor, actions: Tensor, temperature: float, top_k: int, with_sums: bool = False
@@ -184,8 +189,8 @@ def policy_support(
     """The policy on its top k and the sampled token, without ever holding all N×V logits.
 
     `hidden` is (N, D), from `predicting`; `actions` (N,) int64 are the sampled tokens; `temperature` τ divides the
-    logits; K is `top_k` + 1, or V if that covers the vocabulary; `with_sums` adds Σπ² and Σπ³. The head's shards are
-    gathered.
+    logits; K is `top_k` + 1, or V if that covers the vocabulary; `with_sums` adds those of the SGD model. The head's
+    shards are gathered.
     """
     parts = [
         _chunk_support(logits, actions[part], top_k, with_sums)
@@ -246,11 +251,7 @@ def _gathered_head(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple
 
 def _chunk_support(logits: Tensor, actions: Tensor, top_k: int, with_sums: bool) -> Support:
     normaliser = logits.logsumexp(1)
-    sums = None
-    if with_sums:
-        probs = (logits - normaliser[:, None]).exp()
-        action_prob = probs.gather(1, actions[:, None])[:, 0]
-        sums = VocabularySums(action_prob, probs.square().sum(1), probs.pow(3).sum(1))
+    sums = VocabularySums.of((logits - normaliser[:, None]).exp(), actions) if with_sums else None
     if top_k >= logits.shape[1]:
         ids = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
         return Support(ids, logits.softmax(1), actions, torch.zeros_like(normaliser), sums)

@@ -61,7 +61,8 @@ def measure(
     with autocast():
         hidden = completion_hidden_states(policy, *sequences, share_prompts=micro_batch.share_prompts)
     new = support_log_probs(policy, hidden, tokens.token_ids, temperature)
-    old = head_output(tokens.features, temperature, hidden.shape[1])
+    x = tokens.features if micro_batch.head_features is None else micro_batch.head_features[rows]
+    old = head_output(x, temperature, hidden.shape[1])
     head = support_log_probs(policy, old, tokens.token_ids, temperature)
     return Measured(
         rows,

@@ -36,6 +36,7 @@ class RunTrainer(GRPOTrainer):
         advantage_baseline: `group` (GRPO, Dr.GRPO) or `none`: REINFORCE's advantage is the reward itself.
         optimizer: a name of the package pytorch-optimizer, in place of TRL's `optim`.
         share_prompts: compute a prompt once for all its completions (`packing.py`).
+        max_prompt_tokens: longer prompts are cut to their last tokens, chat template included; None cuts none.
         **kwargs: as `GRPOTrainer`.
 
     Raises:
@@ -48,9 +49,11 @@ class RunTrainer(GRPOTrainer):
         advantage_baseline: str = "group",
         optimizer: str | None = None,
         share_prompts: bool = False,
+        max_prompt_tokens: int | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        self.max_prompt_tokens = max_prompt_tokens
         if optimizer:
             self.optimizer_cls_and_kwargs = library_optimizer(optimizer, self.args)
         self.advantage_baseline, self.share_prompts = advantage_baseline, share_prompts
@@ -118,6 +121,12 @@ class RunTrainer(GRPOTrainer):
         """Whether the sampler had this step's weights, and TRL does not compare its log-probabilities itself."""
         fresh = self.use_vllm and self._last_loaded_step == self.state.global_step
         return fresh and self.model.training and not self.vllm_importance_sampling_correction
+
+    def _tokenize_prompts(self, prompts):
+        prompt_ids, *others = super()._tokenize_prompts(prompts)
+        if self.max_prompt_tokens is not None:
+            prompt_ids = [ids[-self.max_prompt_tokens :] for ids in prompt_ids]
+        return prompt_ids, *others
 
     # --- rewards, counters, logs -------------------------------------------------------------------------------------
 

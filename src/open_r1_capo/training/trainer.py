@@ -39,6 +39,7 @@ from open_r1_capo.training.features import (
     check_head,
     frozen,
     head_input,
+    one_late,
     policy_support,
     predicting,
 )
@@ -132,8 +133,10 @@ class CAPOTrainer(BudgetTrainer):
         support = policy_support(self._policy, h, actions, self.temperature, capo.top_k, closed_form)
         advantages = inputs["advantages"]
         advantages = advantages[:, None].expand(mask.shape) if advantages.dim() == 1 else advantages
+        x = head_input(self._policy, h, self.temperature)
+        late = capo.hidden_states == "one_late"
         tokens = TokenBatch(
-            features=head_input(self._policy, h, self.temperature),
+            features=head_input(self._policy, one_late(hidden, mask), self.temperature) if late else x,
             token_ids=support.token_ids,
             probs=support.probs,
             action_index=support.action_index,
@@ -150,6 +153,7 @@ class CAPOTrainer(BudgetTrainer):
         if self.top_entropy_quantile < 1:
             high_entropy = self.get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)[mask]
         source = (input_ids, attention_mask, mask, inputs.get("completion_rewards"), high_entropy, self.share_prompts)
+        source += (x if late else None,)
         micro_batch = MicroBatch(tokens, by_rule, support.log_mass, entropies[mask].detach(), *source)
         self.step_model.accumulate(tokens, micro_batch.in_step.weight.masked_fill(by_rule.non_finite, 0))
         return micro_batch

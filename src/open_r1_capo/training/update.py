@@ -27,6 +27,7 @@ class MicroBatch:
         rewards: (B,), of the completions, NaN where none could be given; None if unknown.
         high_entropy: (N,) bool, the tokens that TRL's loss keeps by itself (`top_entropy_quantile`); None for all.
         share_prompts: the forward pass was packed (`training/packing.py`), and so is one that measures it.
+        head_features: (N, D), x of the LM head, where the step model is given others (`capo.hidden_states`), or None.
     """
 
     tokens: TokenBatch
@@ -39,6 +40,7 @@ class MicroBatch:
     rewards: Tensor | None = None
     high_entropy: Tensor | None = None
     share_prompts: bool = False
+    head_features: Tensor | None = None
 
     @property
     def in_step(self) -> TokenSelection:
