@@ -106,7 +106,7 @@ def test_gold_answer_that_cannot_be_read_in_time_gives_none(verifier):
 
 
 def test_killed_workers_change_no_verdict():
-    pool = Verifier(workers=2)
+    pool = Verifier(workers=2, timeout=30)  # of wall time: a successor may start slowly
     pairs = [(f"\\frac{{{i}}}{{7}}", f"\\boxed{{\\frac{{{2 * i + i % 2}}}{{14}}}}") for i in range(300)]
     expected = [i % 2 == 0 for i in range(300)]
     killed = []
