@@ -77,5 +77,7 @@ def test_a_prompt_that_cannot_be_used_is_one_sentence(tmp_path):
         read(compose_recipe("capo_aggressive", ["evaluation.prompt=Solve"]))
     with pytest.raises(ConfigError, match="hidden_states must be one of aligned, one_late"):
         read(compose_recipe("capo_aggressive", ["capo.hidden_states=late"]))
+    with pytest.raises(ConfigError, match="share_prompts=true leaves out"):
+        read(compose_recipe("capo_aggressive", ["capo.hidden_states=one_late", "share_prompts=true"]))
     with pytest.raises(ConfigError, match=r"data\.long_prompts must be leave_out or cut_left"):
         read(compose_recipe("capo_aggressive", ["data.long_prompts=cut"]))

@@ -247,9 +247,9 @@ def _check_policy(values: dict[str, Any]) -> None:
 
 def _check_texts(run: RunConfig) -> None:
     """Refuse `fidelity=paper` with prompts of ours."""
-    measured = problem_source(run.data.name, run.data.path).measured
+    measures = problem_source(run.data.name, run.data.path).measures
     missing = ["system_prompt"] if run.system_prompt is None else []
-    missing += ["evaluation.prompt"] if run.evaluation.prompt is None and not measured else []
+    missing += ["evaluation.prompt"] if run.evaluation.prompt is None and not measures else []
     if missing:
         raise ConfigError(
             f"fidelity=paper wants the authors' prompts, which are not ours to copy: set "
