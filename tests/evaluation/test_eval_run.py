@@ -156,9 +156,9 @@ def resolved(folder):
 
 def test_suite_and_prompt_come_from_the_run_or_the_maker(engine, tmp_path, capsys):
     assert resolved(engine.folder) == ("open", SYSTEM_PROMPT)
-    (engine.folder / policy.MANIFEST).write_text("{}")
+    (engine.folder / policy.POLICY.manifest).write_text("{}")
     assert resolved(engine.folder) == ("lab", "")
-    (engine.folder / policy.MANIFEST).unlink()
+    (engine.folder / policy.POLICY.manifest).unlink()
     checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-1"
     shutil.copytree(engine.folder, checkpoint)
     for settings, expected in (
