@@ -47,19 +47,20 @@ def started(monkeypatch):
 
 def test_grpo_becomes_the_launcher(started):
     grpo.main([SEVEN])
-    assert started[0] == local_command("capo_aggressive", [SEVEN], {}, 2)
+    assert started[0] == local_command("grpo_budget", [SEVEN], compose_recipe("grpo_budget", [SEVEN]), 2)
+    assert any(word.endswith("fsdp.yaml") for word in started[0])  # DeepSpeed's step cannot be measured
 
 
 def test_a_launched_process_trains(started, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert grpo.main([SEVEN]) == 0
-    assert started == [["capo_aggressive", SEVEN]]
+    assert started == [["grpo_budget", SEVEN]]
 
 
 @pytest.mark.parametrize("overrides", [[], ["scale=lab_long"]])
 def test_the_lab_is_never_launched(started, overrides):
     assert grpo.main(overrides) == 0
-    assert started == [["capo_aggressive", *overrides]]
+    assert started == [["grpo_budget", *overrides]]
 
 
 def test_bad_input_is_refused_before_a_launch(started, capsys):

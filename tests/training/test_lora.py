@@ -81,7 +81,7 @@ def test_the_mask_asks_for_a_head_that_moves(tmp_path, lab_policy, capsys):
         ("lora_target_modules=[lm_head]", "TRL's loss reads the weight of lm_head .*lora_modules_to_save"),
         ("lora_r=0", "lora_r must be at least 1"),
         ("lora_dropout=1.5", "lora_dropout is a share from 0 to below 1"),
-        ("lora_dropout=0.1", "the model has dropout"),
+        ("lora_dropout=0.1", "which dropout makes a random one: set disable_dropout=True"),
     ],
 )  # fmt: skip
 def test_bad_adapters(tmp_path, lab_policy, capsys, override, sentence):
