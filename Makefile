@@ -26,6 +26,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
 # what each verb reads; whatever else stands on the command line is refused below, as make would drop it without a word
 TAKES_train := RECIPE SCALE SEED ARGS OVERWRITE
+TAKES_sft := NAME MODEL ARGS OVERWRITE
 TAKES_experiment := NAME SCALE SEEDS ARGS
 TAKES_test := ARGS
 TAKES_test-slurm := ARGS
@@ -59,7 +60,7 @@ train: $(STAMP) ## train RECIPE=capo_aggressive SCALE=lab SEED=0 ARGS="learning_
 	@$(BIN)/python -m open_r1_capo.grpo --config-name $(RECIPE) scale=$(SCALE) seed=$(SEED) $(if $(filter $(YES),$(OVERWRITE)),overwrite=true) $(ARGS)
 
 sft: $(STAMP) ## a cold start: worked solutions of NAME=gsm_symbolic taught to MODEL=<folder or hub id> [ARGS="data.path=my.jsonl …"]
-	@$(BIN)/python -m open_r1_capo.sft --config-name $(or $(NAME),gsm_symbolic) $(if $(MODEL),model_name_or_path=$(MODEL)) $(if $(OVERWRITE),overwrite=true) $(ARGS)
+	@$(BIN)/python -m open_r1_capo.sft --config-name $(or $(NAME),gsm_symbolic) $(if $(MODEL),model_name_or_path=$(MODEL)) $(if $(filter $(YES),$(OVERWRITE)),overwrite=true) $(ARGS)
 
 experiment: $(STAMP) ## NAME=fig2 SCALE=lab [SEEDS=5 ARGS=--dry-run]: the missing runs of a figure, side by side or by Slurm
 	@$(BIN)/python -m open_r1_capo.experiments.sweep $(NAME) --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
