@@ -34,9 +34,10 @@ def dry(*words):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("verb", ["train", "sft"])
 @pytest.mark.parametrize("value", ["0", "false", "no", ""])
-def test_no_overwriting_where_it_is_denied(value):
-    code, out, _ = dry("train", f"OVERWRITE={value}")
+def test_no_overwriting_where_it_is_denied(verb, value):
+    code, out, _ = dry(verb, f"OVERWRITE={value}")
     assert code == 0
     assert "overwrite=true" not in out
 
