@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from test_repo import commands
+from test_repo import commands, outside_make
 
 ROOT = Path(__file__).resolve().parents[1]
 MAKEFILES = [ROOT / "Makefile", ROOT / "eval" / "eval.mk", ROOT / "benchmarks" / "bench.mk"]
@@ -30,7 +30,7 @@ TRAIN = "RECIPE, SCALE, SEED, ARGS, OVERWRITE"
 
 def dry(*words):
     """What make would do with these words."""
-    done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, env=outside_make())
     return done.returncode, done.stdout, done.stderr
 
 

@@ -109,7 +109,7 @@ def test_the_tasks_of_recipes_have_their_held_out_problems(installed, name):
         (["data.options.max_terms=true"], "data.options.max_terms must be a whole number, got True"),
         (["data.options.allow_negation=1"], "data.options.allow_negation must be true or false, got 1"),
         (["data.options.seed=1"], "data.options.seed follows from the run"),
-        (["data.options=2"], "data.options is a group of settings"),
+        (["data.options=2"], "data.options takes values by name: write data.options.<key>=<value>"),
         (["data.name=reasoning_gym/gsm_symbolic", "data.options.difficulty=2"], "refuses .*out of range"),
         (["data.variant=story"], "data.variant has no effect with data.name=reasoning_gym/chain_sum"),
         (["data.name=lab", "data.options.max_terms=2"], "data.options.max_terms has no effect with data.name=lab"),
